@@ -1,0 +1,46 @@
+"""guidelib - the support library of *Scaling Down to Scale Up, the executable guide*.
+
+Every method of the survey arXiv:2303.15647, from scratch, on transformers models.  Start with
+``load_backbone``, ``attach`` and ``fit``.  Names are imported when they are first used, so that ``import
+guidelib`` is fast.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "guidelib.backbones": ("load_backbone",),
+    "guidelib.costs": ("Costs", "measure", "memory_plan"),
+    "guidelib.environment": ("device", "require", "setup", "versions"),
+    "guidelib.exercises": ("check",),
+    "guidelib.method": ("Attachment", "Count", "Method", "On", "Sum", "attach", "attached", "load"),
+    "guidelib.reparametrization.lora": ("LoRA",),
+    "guidelib.selective.anchors": ("FullFineTuning", "HeadOnly"),
+    "guidelib.tasks": ("Task", "load_task"),
+    "guidelib.training": ("evaluate", "fit"),
+    "guidelib.viz": ("panel", "show_source", "slider", "style", "table"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+METHODS = {  # by the survey's classes; the anchors belong to none
+    "anchors": ("FullFineTuning", "HeadOnly"),
+    "reparametrization": ("LoRA",),
+}
+
+__all__ = [*sorted(_HOME), "METHODS"]
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    try:
+        return importlib.import_module(f"guidelib.{name}")  # a submodule, as in guidelib.costs
+    except ModuleNotFoundError as error:
+        if error.name != f"guidelib.{name}":
+            raise  # the module is there, but something that it needs is not installed
+        raise AttributeError(f"guidelib has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

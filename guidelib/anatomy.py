@@ -1,0 +1,329 @@
+"""Where things are in a backbone: from the roles a paper speaks of to the modules transformers has.
+
+A method asks for roles (``q``, ``ffn.out``, ``norms`` ...), never for module names.  This file is the only
+one that knows the names.  To support a further architecture, add a row to ``ARCHITECTURES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+Targets = str | Sequence[str]
+Layers = int | Iterable[int] | None
+
+ATTENTION_ROLES = ("q", "k", "v", "o")
+FFN_ROLES = ("ffn.in", "ffn.gate", "ffn.out")
+GROUPS = {  # a target name that stands for several roles
+    "all": lambda role: True,
+    "attn": lambda role: not role.startswith("ffn"),
+    "self": lambda role: role.startswith("self."),
+    "cross": lambda role: role.startswith("cross."),
+    "ffn": lambda role: role.startswith("ffn."),
+}
+TARGET_NAMES = (
+    *ATTENTION_ROLES,
+    *(f"{kind}.{role}" for kind in ("self", "cross") for role in ATTENTION_ROLES),
+    *FFN_ROLES,
+    *GROUPS,
+)
+HEADS = ("pre_classifier", "classifier", "score", "classification_head", "qa_outputs")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One stack of blocks: where its list is, and where each role is inside a block.
+
+    A path that a model does not have (the gate of an ungated feed-forward network, say) is simply not there.
+    ``path[i/n]`` is the i-th of n equal parts of a fused projection's outputs.
+    """
+
+    blocks: str
+    linears: dict[str, str]
+    attention: dict[str, str]
+
+
+def _stack(blocks: str, attention: dict[str, tuple[str, str, str, str, str]], ffn: dict[str, str]) -> Stack:
+    linears = {
+        f"{kind}.{role}": f"{module}.{name}" if module else name
+        for kind, (module, *names) in attention.items()
+        for role, name in zip(ATTENTION_ROLES, names, strict=True)
+    }
+    return Stack(blocks, linears | ffn, {kind: paths[0] for kind, paths in attention.items()})
+
+
+_BERT = {
+    "encoder": _stack(
+        "encoder.layer",
+        {"self": ("attention", "self.query", "self.key", "self.value", "output.dense")},
+        {"ffn.in": "intermediate.dense", "ffn.out": "output.dense"},
+    )
+}
+_DISTILBERT = {
+    "encoder": _stack(
+        "transformer.layer",
+        {"self": ("attention", "q_lin", "k_lin", "v_lin", "out_lin")},
+        {"ffn.in": "ffn.lin1", "ffn.out": "ffn.lin2"},
+    )
+}
+_GPT2 = {
+    "decoder": _stack(
+        "h",
+        {"self": ("attn", "c_attn[0/3]", "c_attn[1/3]", "c_attn[2/3]", "c_proj")},
+        {"ffn.in": "mlp.c_fc", "ffn.out": "mlp.c_proj"},
+    )
+}
+_LLAMA = {
+    "decoder": _stack(
+        "layers",
+        {"self": ("self_attn", "q_proj", "k_proj", "v_proj", "o_proj")},
+        {"ffn.in": "mlp.up_proj", "ffn.gate": "mlp.gate_proj", "ffn.out": "mlp.down_proj"},
+    )
+}
+
+
+def _t5_ffn(layer: int) -> dict[str, str]:
+    path = f"layer.{layer}.DenseReluDense"
+    return {"ffn.in": f"{path}.wi|{path}.wi_1", "ffn.gate": f"{path}.wi_0", "ffn.out": f"{path}.wo"}
+
+
+_T5_SELF = {"self": ("layer.0.SelfAttention", "q", "k", "v", "o")}
+_T5 = {
+    "encoder": _stack("encoder.block", _T5_SELF, _t5_ffn(1)),
+    "decoder": _stack(
+        "decoder.block", _T5_SELF | {"cross": ("layer.1.EncDecAttention", "q", "k", "v", "o")}, _t5_ffn(2)
+    ),
+}
+_BART_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+_BART_FFN = {"ffn.in": "fc1", "ffn.out": "fc2"}
+_BART_SELF = {"self": ("self_attn", *_BART_PROJECTIONS)}
+_BART = {
+    "encoder": _stack("encoder.layers", _BART_SELF, _BART_FFN),
+    "decoder": _stack(
+        "decoder.layers", _BART_SELF | {"cross": ("encoder_attn", *_BART_PROJECTIONS)}, _BART_FFN
+    ),
+}
+
+ARCHITECTURES: dict[str, dict[str, Stack]] = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
+    "distilbert": _DISTILBERT,
+    "gpt2": _GPT2,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), _LLAMA),
+    **dict.fromkeys(("t5", "mt5"), _T5),
+    **dict.fromkeys(("bart", "mbart"), _BART),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One linear map of the backbone, seen as W (d_out, d_in), whatever the layer's own layout.
+
+    A Conv1D stores its weight transposed, and GPT-2 fuses q, k and v into one; ``rows`` then says which
+    outputs of ``module`` are this map's.
+    """
+
+    stack: str
+    layer: int
+    role: str
+    module: nn.Module
+    rows: slice | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.stack}.{self.layer}.{self.role}"
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """W as a view (d_out, d_in) of the layer's own memory, without gradient."""
+        weight = self.module.weight.detach()
+        weight = weight.t() if isinstance(self.module, Conv1D) else weight
+        return weight if self.rows is None else weight[self.rows]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """b as a view (d_out,), without gradient; None where the layer has none."""
+        if self.module.bias is None:
+            return None
+        bias = self.module.bias.detach()
+        return bias if self.rows is None else bias[self.rows]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+        return tuple(self.weight.shape)
+
+
+class Anatomy:
+    """The places of a transformers model, found from its ``config.model_type``.
+
+    Raises a ValueError that lists what is supported if the architecture is unknown.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(
+                f"model must be a transformers PreTrainedModel, got {type(model).__name__}; "
+                "load one with guidelib.load_backbone or transformers' Auto classes"
+            )
+        self.model = model
+        self.kind = model.config.model_type
+        if self.kind not in ARCHITECTURES:
+            raise ValueError(
+                f"model: architecture {self.kind!r} is not supported; supported are "
+                f"{', '.join(sorted(ARCHITECTURES))}; another one is a row of guidelib.anatomy.ARCHITECTURES"
+            )
+        self.base = model.base_model
+        self.restricted = False
+        self.stacks = {
+            name: stack for name, stack in ARCHITECTURES[self.kind].items() if _find(self.base, stack.blocks)
+        }
+        self._layers: dict[str, tuple[int, ...]] = {
+            name: tuple(range(len(_find(self.base, stack.blocks)))) for name, stack in self.stacks.items()
+        }
+
+    def restrict(self, layers: Layers = None, stack: str | None = None) -> Anatomy:
+        """The same anatomy limited to some layers (negative numbers count from the top) and one stack.
+
+        Raises ValueError for a layer or a stack that the model does not have.
+        """
+        if stack is not None and stack not in self.stacks:
+            raise ValueError(f"stack must be one of {', '.join(self.stacks)} for {self.kind}, got {stack!r}")
+        names = [stack] if stack else list(self.stacks)
+        limited = object.__new__(Anatomy)
+        limited.__dict__.update(self.__dict__)
+        limited.restricted = layers is not None or stack is not None or self.restricted
+        limited._layers = {name: kept for name, kept in self._layers.items() if name in names}
+        if layers is not None:
+            wanted = [layers] if isinstance(layers, int) else list(layers)
+            for name in names:
+                depth = len(_find(self.base, self.stacks[name].blocks))
+                bad = [layer for layer in wanted if not isinstance(layer, int) or not -depth <= layer < depth]
+                if bad or not wanted:
+                    raise ValueError(
+                        f"layers must be whole numbers from {-depth} to {depth - 1} for the {name}, "
+                        f"got {bad or '()'}"
+                    )
+                chosen = {layer % depth for layer in wanted}
+                limited._layers[name] = tuple(layer for layer in self._layers[name] if layer in chosen)
+        return limited
+
+    def blocks(self) -> Iterator[tuple[str, int, nn.Module]]:
+        """(stack, layer, block) in order, within the restriction."""
+        for name, layers in self._layers.items():
+            blocks = _find(self.base, self.stacks[name].blocks)
+            for layer in layers:
+                yield name, layer, blocks[layer]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The model's own parameters by name: all of them, or those of the blocks within the restriction."""
+        parameters = self.base_parameters()
+        if not self.restricted:
+            return parameters
+        inside = {id(p) for _, _, block in self.blocks() for p in block.parameters()}
+        return {name: p for name, p in parameters.items() if id(p) in inside}
+
+    def linears(self, targets: Targets = "all") -> list[Site]:
+        """The linear maps that ``targets`` names, in order, each once.
+
+        A target is a role (``q``, ``cross.v``, ``ffn.out`` ...) or a group (``attn``, ``self``, ``cross``,
+        ``ffn``, ``all``).  Raises ValueError if one of them is unknown, or known but not in this model: a
+        misspelt name beside a good one is never passed over.
+        """
+        names = (targets,) if isinstance(targets, str) else tuple(targets)
+        if not names:
+            raise ValueError(f"targets is empty; give one or more of {', '.join(TARGET_NAMES)}")
+        unknown = [name for name in names if name not in TARGET_NAMES]
+        if unknown:
+            raise ValueError(f"targets: unknown {unknown[0]!r}; accepted are {', '.join(TARGET_NAMES)}")
+        sites = [
+            replace(site, stack=name, layer=layer)
+            for name, layer, block in self.blocks()
+            for site in _sites(block, self.stacks[name])
+        ]
+        for name in names:
+            if not any(_matches(name, site.role) for site in sites):
+                present = sorted({site.role for site in sites})
+                raise ValueError(
+                    f"targets: {name!r} is not in this {self.kind} model; it has {', '.join(present)}"
+                )
+        return [site for site in sites if any(_matches(name, site.role) for name in names)]
+
+    def attentions(self) -> Iterator[tuple[str, int, str, nn.Module]]:
+        """(stack, layer, "self" or "cross", attention module) in order, within the restriction."""
+        for name, layer, block in self.blocks():
+            for kind, path in self.stacks[name].attention.items():
+                yield name, layer, kind, _find(block, path)
+
+    def norms(self) -> dict[str, nn.Parameter]:
+        """Gains and biases of every normalisation layer (LayerNorm and the RMS variants), by parameter
+        name."""
+        return {
+            f"{path}.{name}": parameter
+            for path, module in self.model.named_modules()
+            if type(module).__name__.endswith("Norm")
+            for name, parameter in module.named_parameters(recurse=False)
+        }
+
+    def biases(self) -> dict[str, nn.Parameter]:
+        """Every additive bias vector, by parameter name.  T5's relative position table is not one."""
+        return {name: p for name, p in self.base_parameters().items() if name.split(".")[-1] == "bias"}
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The token embedding."""
+        return self.model.get_input_embeddings()
+
+    def head(self) -> dict[str, nn.Parameter]:
+        """The parameters of the task head, by name: what a new task starts from random weights.
+
+        Empty for a bare backbone and for a language-model head, which is pretrained.
+        """
+        return {
+            f"{child}.{name}": parameter
+            for child in HEADS
+            if hasattr(self.model, child)
+            for name, parameter in getattr(self.model, child).named_parameters()
+        }
+
+    def base_parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter of the model itself, by name, without what guidelib added."""
+        return {name: p for name, p in self.model.named_parameters() if not name.startswith(ADDED + ".")}
+
+
+ADDED = "guidelib"  # the one child module under which a method's own parameters live
+
+
+def _find(module: nn.Module, paths: str) -> nn.Module | None:
+    for path in paths.split("|"):
+        try:
+            return module.get_submodule(path)
+        except AttributeError:
+            continue
+    return None
+
+
+def _matches(name: str, role: str) -> bool:
+    if name in GROUPS:
+        return GROUPS[name](role)
+    return name == role or (name in ATTENTION_ROLES and role.split(".")[-1] == name)
+
+
+def _sites(block: nn.Module, stack: Stack) -> Iterator[Site]:
+    for role, path in stack.linears.items():
+        path, _, part = path.partition("[")
+        module = _find(block, path)
+        if module is None:
+            continue
+        if not isinstance(module, nn.Linear | Conv1D):
+            raise TypeError(f"{role}: expected a Linear or Conv1D layer, got {type(module).__name__}")
+        rows = None
+        if part:
+            index, parts = (int(number) for number in part.rstrip("]").split("/"))
+            size = module.nf // parts
+            rows = slice(index * size, (index + 1) * size)
+        yield Site("", 0, role, module, rows)

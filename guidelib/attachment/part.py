@@ -1,0 +1,44 @@
+"""What a method adds at one place of the model."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import nn
+
+
+class Part(nn.Module):
+    """Added parameters, and how they take effect.
+
+    A subclass fills in ``plug`` (start to act) and ``unplug`` (stop, leaving no trace).  One whose effect
+    can be written into the base weights also fills in ``merge``, ``unmerge`` and sets ``mergeable``; what
+    cannot be merged costs something at inference.
+    """
+
+    name: str  # unique within an attachment; without dots
+    mergeable: ClassVar[bool] = False
+    why_not: ClassVar[str] = "it computes something that no base weight can"
+
+    def plug(self) -> None:
+        raise NotImplementedError
+
+    def unplug(self) -> None:
+        raise NotImplementedError
+
+    def merge(self) -> None:
+        """Write the effect into the base weights and keep a copy of what stood there."""
+        raise NotImplementedError
+
+    def unmerge(self) -> None:
+        """Put the kept copy back, bit for bit."""
+        raise NotImplementedError
+
+    @property
+    def place(self) -> str:
+        """What this part changes: two parts with the same place change the same entries."""
+        return self.name
+
+    @property
+    def changed(self) -> int:
+        """How many entries of the effective model this part can make differ from the base."""
+        return sum(parameter.numel() for parameter in self.parameters())

@@ -1,0 +1,27 @@
+"""Selection - a method that trains some of the base model's own parameters in place and adds none.
+
+Nothing has to be merged: the trained weights are the model's weights.  The attachment keeps a copy of what
+it selects, so that ``detach`` can give the base back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from guidelib.anatomy import Anatomy
+from guidelib.attachment.part import Part
+from guidelib.method import Method
+
+
+@dataclass(frozen=True)
+class Selection(Method):
+    """Base of the methods that are a choice of parameters.  A subclass fills in ``select``."""
+
+    def select(self, anatomy: Anatomy) -> set[str]:
+        """The names of the base parameters to train, without the task head (which every method trains)."""
+        raise NotImplementedError
+
+    def parts(self, anatomy: Anatomy, saved: dict[str, torch.Tensor]) -> list[Part]:
+        return []

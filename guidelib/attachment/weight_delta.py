@@ -1,0 +1,156 @@
+"""WeightDelta - a method that replaces a weight W of the backbone by some W'.
+
+There are two views of the same map.  In weight space, ``effective(W, b) -> W', b'`` is the definition: it
+is what merging writes.  In activation space, ``adjust(x, y) -> y'`` is the fast path: it corrects the
+frozen layer's output y = W x + b without forming W'.  The tests hold the two equal for every method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from guidelib.anatomy import Anatomy, Site
+from guidelib.attachment.part import Part
+from guidelib.method import Method, expect
+
+
+@dataclass(frozen=True)
+class BranchCost:
+    """What a Delta's fast path costs per token, for the closed forms.
+
+    keeps_input: whether autograd keeps the layer's input for it.  kept: numbers kept besides.  forward,
+    backward: floating-point operations of its products, the latter without the gradient of the input, which
+    costs ``backward_input`` more where something below is trained.
+    """
+
+    keeps_input: bool
+    kept: int
+    forward: int
+    backward: int
+    backward_input: int
+
+
+class Delta(nn.Module):
+    """The added parameters of one weight.  An additive update fills in ``delta`` and ``forward`` and is done;
+    another one overrides ``effective`` and ``adjust``."""
+
+    def delta(self) -> torch.Tensor:
+        """The update of the weight, (d_out, d_in)."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The same update applied to x (..., d_in) -> (..., d_out), never forming ``delta()``."""
+        raise NotImplementedError
+
+    def effective(
+        self, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """W (d_out, d_in), b (d_out,) or None -> W', b'."""
+        return weight + self.delta(), bias
+
+    def cost(self) -> BranchCost:
+        """The fast path's cost in training without dropout."""
+        raise NotImplementedError
+
+    def adjust(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Input x (..., d_in) and the base layer's output y (..., d_out) -> y'.
+
+        The added parameters stay in 32 bits beside a 16-bit base, which would round small updates away.
+        """
+        dtype = next(self.parameters()).dtype
+        return y + self(x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)).to(y.dtype)
+
+
+@dataclass(frozen=True)
+class WeightDelta(Method):
+    """Base of the methods whose effect is a new weight: they merge, and then cost nothing at inference.
+
+    A subclass has a field ``targets`` and fills in ``build``; one that shares parameters between weights
+    overrides ``build_all``.
+    """
+
+    def __post_init__(self):
+        expect(isinstance(self.targets, Iterable), "targets", self.targets, "a role or several of them")
+        names = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+        object.__setattr__(self, "targets", names)  # frozen: so that equal targets make equal methods
+
+    def build(self, site: Site) -> Delta:
+        raise NotImplementedError
+
+    def build_all(self, sites: list[Site]) -> list[Delta]:
+        return [self.build(site) for site in sites]
+
+    def parts(self, anatomy: Anatomy, saved: dict[str, torch.Tensor]) -> list[Part]:
+        sites = anatomy.linears(self.targets)
+        return [
+            DeltaPart(f"{type(self).__name__}_{site.name.replace('.', '_')}", site, delta)
+            for site, delta in zip(sites, self.build_all(sites), strict=True)
+        ]
+
+
+class DeltaPart(Part):
+    """One Delta beside one linear map, as a forward hook: the layer and its ``state_dict`` keys stay what
+    they were."""
+
+    mergeable = True
+
+    def __init__(self, name: str, site: Site, delta: Delta):
+        super().__init__()
+        self.name, self.delta = name, delta
+        # in a tuple, so that the backbone's layer is not registered as a child of this module
+        self._site = (site,)
+        self._handle = self._kept = None
+
+    @property
+    def site(self) -> Site:
+        return self._site[0]
+
+    @property
+    def place(self) -> str:
+        return self.site.name
+
+    @property
+    def changed(self) -> int:
+        # a weight that is also trained in place is counted there
+        return 0 if self.site.module.weight.requires_grad else self.site.weight.numel()
+
+    def plug(self) -> None:
+        self._handle = self.site.module.register_forward_hook(self._hook)
+
+    def unplug(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _hook(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        x, rows = args[0], self.site.rows
+        if rows is None:
+            return self.delta.adjust(x, output)
+        # one map of a fused projection: only its own outputs change
+        before, own, after = output[..., : rows.start], output[..., rows], output[..., rows.stop :]
+        return torch.cat((before, self.delta.adjust(x, own), after), dim=-1)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        weight, bias = self.site.weight, self.site.bias
+        self._kept = weight.clone(), None if bias is None else bias.clone()
+        self._write(*self.delta.effective(weight, bias))
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        self._write(*self._kept)
+        self._kept = None
+
+    def _write(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.site.weight.copy_(weight)
+        if bias is not None:
+            self.site.bias.copy_(bias)
+
+
+def added_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The type of parameters added beside ``weight``: its own, but at least 32 bits."""
+    return torch.promote_types(weight.dtype, torch.float32)

@@ -1,0 +1,245 @@
+"""Backbones: two really pretrained models that load without a network, and tiny random ones for tests.
+
+    minilm     all-MiniLM-L6-v2: BERT, 6 layers, d = 384, 22.7 M parameters
+    smollm2    SmolLM2-135M-Instruct: LLaMA-like decoder, 30 layers, d = 576, 134.5 M parameters
+    tiny-*     random weights: 2 layers, d = 32, 4 heads of 8, a byte vocabulary
+
+Any other name with a "/" is a hub id, or a folder.  Only safetensors are read, and no remote code runs.
+"""
+
+import functools
+import inspect
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import can_return_tuple
+
+from guidelib.checkpoints import minilm_folder, no_progress_bars, smollm2_folder
+from guidelib.tasks import Task, load_task
+
+
+def load_backbone(
+    name: str = "minilm", task: Task | str | None = None, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A backbone in evaluation mode, and its tokenizer, which always has a padding token.
+
+    Without ``task``, an encoder is bare (no pooler) and a decoder or encoder-decoder has its language-model
+    head.  With a classification task, an encoder becomes a `MeanPoolClassifier` and a decoder gets
+    transformers' classification head on the last token.  ``seed`` draws that head, and the weights of the
+    ``tiny-*`` models; torch's global random state stays as it was.
+
+    ``minilm`` comes from an installed package, else from the hub: the same files, checked against the same
+    hashes.  ``smollm2`` comes from a package with 4-bit weights, converted once to bfloat16 in
+    ``$GUIDELIB_CACHE`` (default ``~/.cache/guidelib``).  They are *not* the weights of
+    HuggingFaceTB/SmolLM2-135M-Instruct; pass that id for those.
+
+    Raises ValueError for an unknown name or a wrong hash, ModuleNotFoundError for a missing package,
+    OSError for a hub id that cannot be loaded, NotImplementedError for an encoder-decoder with a task.
+    """
+    task = load_task(task) if isinstance(task, str) else task
+    if not isinstance(task, Task | None):
+        raise TypeError(f"task: got a {type(task).__name__}, but a Task, a task's name or None is accepted")
+    if name in _NAMED:
+        model, tokenizer = _NAMED[name](seed, dtype)
+    elif isinstance(name, str) and "/" in name:
+        model, tokenizer = _hub(name, dtype)
+    else:
+        accepted = ", ".join(_NAMED)
+        raise ValueError(
+            f"name: {name!r} is not a backbone; accepted are {accepted}, or a hub id 'owner/name'"
+        )
+    if task is not None:
+        model = _with_head(model, task, seed)
+    return model.eval(), tokenizer
+
+
+class MeanPoolClassifier(PreTrainedModel):
+    """An encoder, the mean of its last hidden states over the unmasked tokens, dropout, and one linear map.
+
+    The usual BERT head reads the first token through a pooler.  ``minilm`` was trained on the mean and
+    never used its pooler, so the mean is where its knowledge is.
+
+    ``config`` is the encoder's own, with ``num_labels``.  Without ``encoder``, a new one is built from
+    ``config``.
+    """
+
+    base_model_prefix = "encoder"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the loss is a mean, so the Trainer has to average accumulated steps
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(self, config: PreTrainedConfig, encoder: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        _, encoder_class, options = _architecture(config)
+        self.encoder = encoder_class(config, **options) if encoder is None else encoder
+        self.dropout = nn.Dropout(getattr(config, "hidden_dropout_prob", getattr(config, "dropout", 0.0)))
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike | None, *args: Any, config: Any = None, **kwargs: Any):
+        """As in transformers.  The configuration class is the encoder's, so it is found from the file."""
+        if not isinstance(config, PreTrainedConfig):
+            where = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+            config = AutoConfig.from_pretrained(
+                path if config is None else config, **{key: kwargs[key] for key in where if key in kwargs}
+            )
+        return super().from_pretrained(path, *args, config=config, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """Ids (B, T) or embeddings (B, T, d) -> logits (B, C); with labels (B,), their mean cross-entropy."""
+        if token_type_ids is not None:
+            kwargs["token_type_ids"] = token_type_ids  # some encoders take none
+        output = self.encoder(
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
+        hidden = output.last_hidden_state  # (B, T, d)
+        if attention_mask is None:
+            mean = hidden.mean(1)
+        else:
+            mask = attention_mask.unsqueeze(-1).to(hidden.dtype)  # (B, T, 1)
+            mean = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+        logits = self.classifier(self.dropout(mean))  # (B, C)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss, logits, output.hidden_states, output.attentions)
+
+
+def _architecture(config: PreTrainedConfig) -> tuple[str, type[PreTrainedModel], dict[str, Any]]:
+    """Kind of backbone, class to load it with, and the arguments that leave an encoder's pooler out."""
+    family, options = type(config), {}
+    if config.is_encoder_decoder:
+        kind, classes = "encoder-decoder", transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    elif family in transformers.MODEL_FOR_MASKED_LM_MAPPING:  # before decoder, which BERT can be, too
+        kind, classes = "encoder", transformers.MODEL_MAPPING
+        if "add_pooling_layer" in inspect.signature(classes[family]).parameters:
+            options = {"add_pooling_layer": False}
+    else:
+        kind, classes = "decoder", transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if family not in classes:
+        raise ValueError(
+            f"name: a {config.model_type} model is not an encoder, decoder or encoder-decoder of text"
+        )
+    return kind, classes[family], options
+
+
+def _with_head(model: PreTrainedModel, task: Task, seed: int) -> PreTrainedModel:
+    config, (kind, *_) = model.config, _architecture(model.config)
+    if task.kind != "classification" or kind == "encoder-decoder":
+        raise NotImplementedError(
+            f"task: the {kind} {config.model_type} cannot be given the {task.kind} task {task.name!r}; "
+            "classification with an encoder or a decoder is accepted, or task=None"
+        )
+    config.id2label = dict(enumerate(task.labels))  # this sets num_labels, too
+    config.label2id = {label: index for index, label in enumerate(task.labels)}
+    with _seeded(seed), no_progress_bars():
+        if kind == "encoder":
+            return MeanPoolClassifier(config, model).to(model.dtype)
+        # With the new weights in the state dict nothing is missing, so there is nothing to warn about.
+        score = torch.empty(config.num_labels, config.hidden_size).normal_(0, config.initializer_range)
+        state = {key: value for key, value in model.state_dict().items() if not key.startswith("lm_head.")}
+        return transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)].from_pretrained(
+            None, config=config, state_dict=state | {"score.weight": score}, dtype=model.dtype
+        )
+
+
+def _minilm(seed: int, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    folder = minilm_folder()
+    state = load_file(folder / "model.safetensors")
+    for key in ("pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids"):
+        del state[key]  # a pooler that was never used, and a buffer that is no longer stored
+    config = AutoConfig.from_pretrained(folder)
+    with no_progress_bars():
+        model = transformers.BertModel.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, add_pooling_layer=False
+        )
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def _smollm2(seed: int, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    folder = smollm2_folder()
+    with no_progress_bars():
+        model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def _hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        _, model_class, options = _architecture(config)
+        with no_progress_bars():
+            model = model_class.from_pretrained(
+                name, config=config, dtype=dtype, use_safetensors=True, **options
+            )
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"name: {name!r} could not be loaded ({reason}); offline, these can: {', '.join(_NAMED)}"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+# Byte tokens need no file: 0 is padding, 1 the end, 2 unknown, and byte b is b + 3.
+_IDS = dict(vocab_size=384, pad_token_id=0, bos_token_id=1, eos_token_id=1)
+# At d = 32 the usual standard deviation of 0.02 gives nearly constant outputs: a test would see nothing.
+_SIZE = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, max_position_embeddings=256)
+_BASE = _IDS | _SIZE | dict(initializer_range=0.1)
+_T5 = _IDS | dict(d_model=32, d_kv=8, num_heads=4, num_layers=2, d_ff=64, decoder_start_token_id=0)
+_BART = _BASE | dict(decoder_layers=2, decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64)
+_TINY = {  # dropout is 0.1 by default, except where it is given here
+    "tiny-bert": _BASE | dict(model_type="bert", intermediate_size=64),
+    # RoBERTa counts positions from pad_token_id + 1.
+    "tiny-roberta": _BASE | dict(model_type="roberta", intermediate_size=64, max_position_embeddings=257),
+    "tiny-distilbert": _BASE | dict(model_type="distilbert", hidden_dim=64),
+    "tiny-gpt2": _BASE | dict(model_type="gpt2", n_inner=64),
+    # Two heads share a key and a value, as three do in smollm2.
+    "tiny-llama": _BASE
+    | dict(model_type="llama", intermediate_size=64, num_key_value_heads=2, attention_dropout=0.1),
+    # A new T5 always has a tied head; False only leaves the head's input unscaled, as in T5 v1.1.
+    "tiny-t5-random": _T5 | dict(model_type="t5", feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "tiny-t5v1-random": _T5 | dict(model_type="t5", feed_forward_proj="relu"),
+    "tiny-bart": _BART
+    | dict(model_type="bart", init_std=0.1, attention_dropout=0.1)
+    | dict(decoder_start_token_id=1, forced_eos_token_id=1),
+}
+
+
+def _tiny(name: str, seed: int, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    config = AutoConfig.for_model(**_TINY[name])
+    _, model_class, options = _architecture(config)
+    with _seeded(seed):
+        model = model_class(config, **options)
+    return model.to(dtype), transformers.ByT5Tokenizer(model_max_length=256)
+
+
+_NAMED = {"minilm": _minilm, "smollm2": _smollm2} | {name: functools.partial(_tiny, name) for name in _TINY}
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every GPU as well
+        yield

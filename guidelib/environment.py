@@ -1,0 +1,128 @@
+"""The machine a notebook runs on: seeds, device, versions, and quiet libraries."""
+
+import importlib.metadata
+import os
+import platform
+import random
+import sys
+
+import guidelib
+
+_QUIET = {
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+def _version(package: str) -> str | None:
+    if package == "guidelib":
+        return guidelib.__version__  # what runs here, not what some metadata says
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str | int | None]:
+    """Where a stored result was computed. A package that is missing has the version None."""
+    packages = ("guidelib", "torch", "transformers", "datasets", "numpy")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.system(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        **{package: _version(package) for package in packages},
+    }
+
+
+def device() -> str:
+    """The device for models: "cuda" if there is one, else "cpu"; GUIDELIB_DEVICE chooses cpu, cuda or mps.
+
+    An Apple GPU ("mps") is used only when chosen: it lacks operations and rounds in its own way, so that its
+    results would not be the book's. Raises `ValueError` for a device that this machine does not have.
+    """
+    import torch
+
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    chosen = os.environ.get("GUIDELIB_DEVICE") or ("cuda" if available["cuda"] else "cpu")
+    if not available.get(chosen):
+        here = ", ".join(name for name, there in available.items() if there)
+        raise ValueError(f"GUIDELIB_DEVICE must be a device of this machine ({here}), not {chosen!r}.")
+    return chosen
+
+
+def _advice() -> str | None:
+    """The first thing that is off, with its remedy; None if nothing is. No accelerator is fine."""
+    import torch
+    from packaging.requirements import Requirement
+
+    try:
+        lines = importlib.metadata.requires("guidelib") or []
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+        lines = []
+    for bound in map(Requirement, lines):
+        if bound.marker is not None and not bound.marker.evaluate({"extra": ""}):
+            continue
+        found = _version(bound.name)
+        if found is None or not bound.specifier.contains(found, prereleases=True):
+            state = "is not installed" if found is None else f"{found} is too old"
+            return f'{bound.name} {state}: run %pip install -U "{bound.name}{bound.specifier}" and restart.'
+    if torch.backends.mps.is_available() and "GUIDELIB_DEVICE" not in os.environ:
+        return (
+            "The Apple GPU is not used: its results differ from the book's. GUIDELIB_DEVICE=mps turns it on."
+        )
+    return None
+
+
+def setup(seed: int = 0) -> None:
+    """Seed random, numpy and torch; quieten the Hugging Face libraries; print versions, device and advice.
+
+    The environment variables that you set yourself, such as TRANSFORMERS_VERBOSITY, stay as they are.
+    Raises `ValueError` for a seed that numpy cannot take.
+    """
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, not {seed!r}.")
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    # The variables are read at import; what was imported before is told directly.
+    if (transformers := sys.modules.get("transformers")) and os.environ["TRANSFORMERS_VERBOSITY"] == "error":
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+    if (datasets := sys.modules.get("datasets")) and os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] == "1":
+        datasets.disable_progress_bars()
+    if (hub := sys.modules.get("huggingface_hub")) and os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1":
+        hub.utils.disable_progress_bars()
+
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)  # every device
+    shown = " · ".join(f"{name} {_version(name)}" for name in ("guidelib", "torch", "transformers"))
+    print(f"{shown} · {device()}")
+    if advice := _advice():
+        print(advice)
+
+
+def require(version: str) -> None:
+    """Raise `RuntimeError` with the command that updates guidelib if it is older than `version`."""
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        old = Version(guidelib.__version__) < Version(version)
+    except (InvalidVersion, TypeError):
+        raise ValueError(f"version must look like '0.1.0', not {version!r}.") from None
+    if old:
+        try:
+            urls = importlib.metadata.metadata("guidelib").get_all("Project-URL") or []
+            address = next(url.split(", ", 1)[1] for url in urls if url.startswith("Repository, "))
+            update = f'%pip install -U --no-deps "guidelib @ git+{address}@v{version}"'
+        except (importlib.metadata.PackageNotFoundError, StopIteration):
+            update = "git pull"  # a checkout that is not installed
+        raise RuntimeError(
+            f"This notebook needs guidelib {version}, and {guidelib.__version__} is installed: "
+            f"run {update} and restart."
+        )

@@ -1,0 +1,1 @@
+"""Reparametrisation-based methods: train few numbers that span a large update (survey, section 3.3)."""

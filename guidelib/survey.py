@@ -1,0 +1,68 @@
+"""What the survey claims, as data: Tables 1 and 2 of its first version, arXiv:2303.15647v1.
+
+The chapters put these rows beside their own measurements.  "maybe" stands where the survey has a footnote:
+the saving depends on hardware for sparse operations, or on how the weights are pruned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from guidelib.method import expect
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method.  kind: A additive, S selective, R reparametrisation-based, or several of them.
+
+    storage, memory: more efficient than full fine-tuning, "yes", "no" or "maybe".  backprop: whether
+    backpropagation gets cheaper.  overhead: what is added at inference.  trainable, changed: percent of the
+    parameters as the survey prints them, None where Table 2 leaves the method out.
+    """
+
+    method: str
+    kind: str
+    storage: str
+    memory: str
+    backprop: str
+    overhead: str
+    trainable: str | None = None
+    changed: str | None = None
+
+
+TABLE: tuple[Row, ...] = (
+    Row("Adapters", "A", "yes", "yes", "no", "extra FFN", "0.1 - 6", "0.1 - 6"),
+    Row("AdaMix", "A", "yes", "yes", "no", "extra FFN", "0.1 - 0.2", "0.1 - 0.2"),
+    Row("SparseAdapter", "AS", "yes", "yes", "no", "extra FFN", "2.0", "2.0"),
+    Row("Cross-Attn tuning", "S", "yes", "yes", "no", "none"),
+    Row("BitFit", "S", "yes", "yes", "no", "none", "0.05 - 0.1", "0.05 - 0.1"),
+    Row("DiffPruning", "S", "yes", "no", "no", "none", "200", "0.5"),
+    Row("Fish-Mask", "S", "yes", "maybe", "no", "none", "0.01 - 0.5", "0.01 - 0.5"),
+    Row("LT-SFT", "S", "yes", "maybe", "no", "none"),
+    Row("Prompt Tuning", "A", "yes", "yes", "no", "extra input", "0.1", "0.1"),
+    Row("Prefix-Tuning", "A", "yes", "yes", "no", "extra input", "0.1 - 4.0", "0.1 - 4.0"),
+    Row("Spot", "A", "yes", "yes", "no", "extra input"),
+    Row("IPT", "A", "yes", "yes", "no", "extra FFN and input", "56.0", "56.0"),
+    Row("MAM Adapter", "A", "yes", "yes", "no", "extra FFN and input", "0.5", "0.5"),
+    Row("Parallel Adapter", "A", "yes", "yes", "no", "extra FFN", "0.5", "0.5"),
+    Row("Intrinsic SAID", "R", "no", "no", "no", "none", "0.001 - 0.1", "~0.1 or 100"),
+    Row("LoRA", "R", "yes", "yes", "no", "none", "0.01 - 0.5", "~0.5 or ~30"),
+    Row("UniPELT", "AR", "yes", "yes", "no", "extra FFN and input", "1.0", "1.0"),
+    Row("Compacter", "AR", "yes", "yes", "no", "extra FFN", "0.05 - 0.07", "~0.07 or ~0.1"),
+    Row("PHM Adapter", "AR", "yes", "yes", "no", "extra FFN", "0.2", "~0.2 or ~1.0"),
+    Row("KronA", "R", "yes", "yes", "no", "none", "0.07", "~0.07 or ~30.0"),
+    Row("KronA^B_res", "AR", "yes", "yes", "no", "extra linear layer", "0.07", "~0.07 or ~1.0"),
+    Row("(IA)^3", "A", "yes", "yes", "no", "extra gating", "0.02", "0.02"),
+    Row("Attention Fusion", "A", "yes", "yes", "yes", "extra decoder"),
+    Row("LeTS", "A", "yes", "yes", "yes", "extra FFN"),
+    Row("Ladder Side-Tuning", "A", "yes", "yes", "yes", "extra decoder", "7.5", "7.5"),
+    Row("FAR", "S", "yes", "maybe", "no", "none", "6.6 - 26.4", "6.6 - 26.4"),
+    Row("S4-model", "ARS", "yes", "yes", "no", "extra FFN and input", "0.5", "more than 0.5"),
+)
+
+
+def row(method: str) -> Row:
+    """The survey's row of a method, by the name that it prints.  Raises ValueError for another name."""
+    found = {entry.method: entry for entry in TABLE}
+    expect(method in found, "method", method, f"one of {', '.join(found)}")
+    return found[method]

@@ -1,0 +1,204 @@
+"""Training and evaluation on the Hugging Face Trainer.
+
+``fit`` adds three things to it and nothing else: a method's phases, a clear stop when the loss is no longer
+a number, and a progress bar that leaves nothing behind in a notebook.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm.std import tqdm  # the text bar: the notebook one saves a widget that is dead on a page
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from guidelib.environment import device
+from guidelib.method import Attachment, attached, expect
+from guidelib.tasks import SPLITS, Task
+
+
+@dataclass(frozen=True)
+class Fit:
+    """losses: the training loss of each step.  seconds: wall time of the training alone."""
+
+    losses: tuple[float, ...]
+    seconds: float
+
+    @property
+    def steps(self) -> int:
+        return len(self.losses)
+
+
+def fit(
+    model: PreTrainedModel,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    lr: float = 1e-3,
+    head_lr: float | None = None,
+    epochs: float = 1,
+    batch_size: int = 32,
+    max_length: int = 64,
+    warmup: float = 0.06,
+    weight_decay: float = 0.0,
+    seed: int = 0,
+    progress: bool = True,
+) -> Fit:
+    """Train what is attached to ``model`` on the task's training split, with AdamW and a linear schedule.
+
+    lr: peak learning rate.  head_lr: that of the task head, ``lr`` where it is not given.  warmup: share of
+    the steps over which the rate rises.  max_length: tokens kept of each text.  Batches hold texts of
+    similar length.  ``seed`` fixes the order of the data and the dropout.
+
+    Raises ValueError if nothing is attached, the method is merged, or the data or a number is impossible;
+    FloatingPointError if the loss is no longer finite.  The trained parameters are then what they were
+    before.
+    """
+    attachment = attached(model)
+    expect(not attachment.merged, "model", "a merged one", "unmerged while it trains; call unmerge() first")
+    for name, value in (("lr", lr), ("head_lr", lr if head_lr is None else head_lr), ("epochs", epochs)):
+        expect(_finite(value) and value > 0, name, value, "a positive number")
+    expect(
+        _finite(warmup) and 0 <= warmup < 1,
+        "warmup",
+        warmup,
+        "a share of the steps, at least 0 and less than 1",
+    )
+    expect(
+        _finite(weight_decay) and weight_decay >= 0, "weight_decay", weight_decay, "a number of at least 0"
+    )
+    whole = isinstance(batch_size, int) and batch_size >= 1
+    expect(whole, "batch_size", batch_size, "a whole number of at least 1")
+    expect(
+        len(task.train) > 0, "task", f"{task.name} with an empty training split", "a task with training data"
+    )
+
+    data = task.encode(tokenizer, "train", max_length)
+    collate = DataCollatorWithPadding(tokenizer)
+    attachment.method.prepare(attachment, DataLoader(data, batch_size=batch_size, collate_fn=collate))
+
+    before = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
+    steps = math.ceil(epochs * math.ceil(len(data) / batch_size))
+    phases = _Phases(attachment, steps, progress)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _Trainer(
+            model,
+            TrainingArguments(
+                folder,
+                learning_rate=lr,
+                max_steps=steps,
+                per_device_train_batch_size=batch_size,
+                warmup_steps=round(warmup * steps),
+                weight_decay=weight_decay,
+                train_sampling_strategy="group_by_length",
+                seed=seed,
+                save_strategy="no",
+                logging_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                use_cpu=device() == "cpu",
+            ),
+            train_dataset=data,
+            data_collator=collate,
+            callbacks=[phases],
+            optimizers=(_optimizer(attachment, lr, lr if head_lr is None else head_lr, weight_decay), None),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.attachment, trainer.losses = attachment, []
+        start = time.perf_counter()
+        try:
+            trainer.train()
+        except FloatingPointError:
+            model.zero_grad()
+            model.load_state_dict(before, strict=False)
+            raise
+        finally:
+            phases.bar.close()
+            model.eval()
+    attachment.method.finish(attachment)
+    return Fit(tuple(trainer.losses), time.perf_counter() - start)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    split: str = "test",
+    batch_size: int = 64,
+    max_length: int = 64,
+) -> dict[str, float]:
+    """Accuracy (0 to 1) and mean loss of ``model`` on a split of a classification task."""
+    full = split not in SPLITS or len(getattr(task, split)) > 0
+    expect(full, "task", f"{task.name} with an empty {split} split", "a task with data there")
+    data = task.encode(tokenizer, split, max_length)
+    data = data.select(sorted(range(len(data)), key=lambda i: len(data[i]["input_ids"])))  # little padding
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            per_device_eval_batch_size=batch_size,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=device() == "cpu",
+        )
+        trainer = Trainer(model, arguments, data_collator=DataCollatorWithPadding(tokenizer))
+        result = trainer.predict(data)
+    right = result.predictions.argmax(-1) == result.label_ids
+    return {"accuracy": float(right.mean()), "loss": float(result.metrics["test_loss"])}
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _optimizer(
+    attachment: Attachment, lr: float, head_lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    head = {id(p) for p in attachment.anatomy.head().values()}
+    trained = [p for p in attachment.model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if id(p) not in head], "lr": lr},
+        {"params": [p for p in trained if id(p) in head], "lr": head_lr},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=weight_decay)
+
+
+class _Trainer(Trainer):
+    """The Trainer with a method's regulariser, and a watch on the loss."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        penalty = self.attachment.method.regularizer(self.attachment)
+        loss = loss if penalty is None else loss + penalty
+        self.losses.append(float(loss.detach()))
+        if not math.isfinite(self.losses[-1]):
+            raise FloatingPointError(
+                f"the loss is {self.losses[-1]} at step {len(self.losses)}; "
+                f"lr must be lower than {self.args.learning_rate:g} here"
+            )
+        return (loss, outputs) if return_outputs else loss
+
+
+class _Phases(TrainerCallback):
+    """Calls a method after each optimiser step, and moves the bar."""
+
+    def __init__(self, attachment: Attachment, steps: int, progress: bool):
+        self.attachment = attachment
+        self.bar = tqdm(total=steps, disable=not progress, leave=False, file=sys.stderr, unit="step")
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.attachment.method.after_step(self.attachment, state.global_step + 1, state.max_steps)
+        self.bar.update()

@@ -1,0 +1,91 @@
+"""Tiny models, batches and methods that several test modules share.  A new method is one row of
+METHOD_CASES."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel
+
+import guidelib as gl
+
+TWO_CLASSES = gl.Task("two-classes", "classification", ("no", "yes"), None, None, None)
+ENCODERS = ("tiny-bert", "tiny-roberta", "tiny-distilbert")
+DECODERS = ("tiny-gpt2", "tiny-llama")
+SEQ2SEQ = ("tiny-t5-random", "tiny-t5v1-random", "tiny-bart")
+BACKBONES = ENCODERS + DECODERS + SEQ2SEQ
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method as the generic tests see it.
+
+    identity: whether the model computes exactly what it did right after attaching ("exact"), nearly so
+    ("near", with the bound on the largest output change) or something else ("none").  refuses: backbone ->
+    words of the error. silent: parameters whose gradient is zero by nature, by name.
+    """
+
+    method: gl.Method
+    identity: str = "exact"
+    bound: float = 0.0
+    refuses: dict[str, str] = field(default_factory=dict)
+    silent: Callable[[str], bool] = lambda name: False
+
+
+def key_bias(name: str) -> bool:
+    """A key bias adds the same number to all scores of a query, which the softmax takes away again."""
+    return name.endswith(("key.bias", "k_lin.bias", "k_proj.bias"))
+
+
+NO_HEAD = {name: "no task head" for name in DECODERS + SEQ2SEQ}
+METHOD_CASES = {
+    "full": Case(gl.FullFineTuning(), silent=key_bias),
+    "head": Case(gl.HeadOnly(), refuses=NO_HEAD),
+    "lora": Case(gl.LoRA(r=4, alpha=8)),
+    "lora-all": Case(gl.LoRA(r=2, targets="all")),
+    "lora-sum": Case(
+        gl.LoRA(r=2, targets="k").on(layers=0) + gl.LoRA(r=3, targets=("k", "ffn")).on(layers=-1)
+    ),
+}
+
+
+def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """A tiny model in eval mode: an encoder with a classification head, the others as language models."""
+    return gl.load_backbone(name, TWO_CLASSES if name in ENCODERS else None, seed=seed, dtype=dtype)[0].to(
+        dtype
+    )
+
+
+def batch(name: str, *, padded: bool = True, rows: int = 3, length: int = 9) -> dict[str, torch.Tensor]:
+    """Random ids with labels; the last row ends in padding."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 259, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[-1, -3:] = 0
+        ids[-1, -3:] = 0
+    if name in ENCODERS:
+        labels = torch.arange(rows) % 2
+    elif name in DECODERS:
+        labels = ids.masked_fill(mask == 0, -100)
+    else:
+        labels = torch.randint(3, 259, (rows, 5), generator=generator)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def outputs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The logits, without gradient."""
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def randomise(attachment: gl.Attachment, scale: float = 0.1) -> None:
+    """Move everything trainable away from its start, or tests of what was trained would test nothing."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in attachment.model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(scale * noise.to(parameter.dtype))

@@ -1,0 +1,275 @@
+"""What holds for every method on every kind of backbone.  The numbers are those of the list in
+book/architecture.md."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from common import BACKBONES, DECODERS, ENCODERS, METHOD_CASES, SEQ2SEQ, batch, build, outputs, randomise
+from torch.func import functional_call
+
+import guidelib as gl
+from guidelib.anatomy import ADDED
+from guidelib.attachment.weight_delta import DeltaPart
+
+CASES = [
+    (case, backbone)
+    for case in METHOD_CASES
+    for backbone in BACKBONES
+    if backbone not in METHOD_CASES[case].refuses
+]
+REFUSED = [(case, backbone) for case in METHOD_CASES for backbone in METHOD_CASES[case].refuses]
+
+
+@pytest.fixture(params=CASES, ids=lambda pair: "-".join(pair))
+def attached(request):
+    """(case, backbone name, base outputs, attachment) with the method freshly attached to a float64 model."""
+    name, backbone = request.param
+    model = build(backbone)
+    before = outputs(model, batch(backbone))
+    return METHOD_CASES[name], backbone, before, gl.attach(model, METHOD_CASES[name].method)
+
+
+def step(model, inputs, optimizer=None):
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    if optimizer:
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("name", "backbone"), REFUSED)
+def test_0_a_method_that_does_not_fit_is_refused_with_a_reason(name, backbone):
+    model = build(backbone)
+    state, flags = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match=METHOD_CASES[name].refuses[backbone]):
+        gl.attach(model, METHOD_CASES[name].method)
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
+    assert flags == [p.requires_grad for p in model.parameters()] and not hasattr(model, ADDED)
+
+
+def test_1_identity_at_the_start(attached):
+    case, backbone, before, attachment = attached
+    change = (outputs(attachment.model, batch(backbone)) - before).abs().max()
+    if case.identity == "exact":
+        assert change == 0
+    elif case.identity == "near":
+        assert 0 < change < case.bound
+    else:
+        assert change > 1e-6
+
+
+def test_2_merge_is_exact_and_unmerge_restores_the_bits(attached):
+    _, backbone, before, attachment = attached
+    model, inputs = attachment.model, batch(backbone)
+    randomise(attachment)
+    if not attachment.mergeable:
+        with pytest.raises(ValueError, match="cannot be merged"):
+            attachment.merge()
+        return
+    acting, weights = outputs(model, inputs), copy.deepcopy(model.state_dict())
+    assert (acting - before).abs().max() > 1e-6  # or the rest would say nothing
+    base_kernels = gl.costs.kernels(build(backbone), inputs)
+    attachment.merge()
+    assert (outputs(model, inputs) - acting).abs().max() < 1e-12
+    assert gl.costs.kernels(model, inputs) == base_kernels
+    attachment.merge()  # a second time changes nothing
+    assert (outputs(model, inputs) - acting).abs().max() < 1e-12
+    attachment.unmerge()
+    assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
+    assert torch.equal(outputs(model, inputs), acting)
+
+
+def test_2_weight_space_and_activation_space_agree_in_value_and_gradient(attached):
+    """The definition is run by torch itself: the base model, called with the effective weights."""
+    _, backbone, _, attachment = attached
+    model, inputs = attachment.model, batch(backbone)
+    parts = attachment.parts
+    if not parts or not all(isinstance(part, DeltaPart) for part in parts):
+        assert not parts or not attachment.mergeable
+        return
+    randomise(attachment)
+    wanted = [p for part in parts for p in part.parameters()]
+    fast = model(**inputs).loss
+    fast_gradients = torch.autograd.grad(fast, wanted)
+
+    names = {id(module): name for name, module in model.named_modules()}
+    weights = {}
+    for part in parts:
+        site, key = part.site, f"{names[id(part.site.module)]}.weight"
+        full = weights.get(key, site.module.weight.detach())
+        transposed = type(site.module).__name__ == "Conv1D"
+        full = (full.t() if transposed else full).clone()
+        rows = slice(None) if site.rows is None else site.rows
+        full[rows] = part.delta.effective(full[rows].clone(), site.bias)[0]
+        weights[key] = full.t() if transposed else full
+        part.unplug()
+    defined = functional_call(model, weights, kwargs=inputs).loss
+    assert abs(fast - defined) < 1e-12
+    for a, b in zip(fast_gradients, torch.autograd.grad(defined, wanted), strict=True):
+        assert (a - b).abs().max() < 1e-12
+
+
+def test_3_gradients_reach_what_is_trained_and_nothing_else(attached):
+    case, backbone, _, attachment = attached
+    model, inputs = attachment.model, batch(backbone)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(trainable.values(), lr=0.1)
+    reached = set()
+    for _ in range(2):  # two steps: the factor that starts at zero hides the other one at the first
+        step(model, inputs, optimizer)
+        reached |= {n for n, p in trainable.items() if p.grad is not None and p.grad.abs().max() > 1e-12}
+    assert {name for name in trainable.keys() - reached if not case.silent(name)} == set()
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_4_counts_are_consistent(attached):
+    _, _, _, attachment = attached
+    model, count = attachment.model, attachment.count()
+    assert count.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert count.stored == sum(t.numel() for t in attachment.state().values())
+    assert count.total == sum(p.numel() for p in build_like(model).parameters())
+    assert count.head == sum(p.numel() for p in attachment.anatomy.head().values())
+    assert 0 < count.trainable and count.head <= count.stored
+
+
+def build_like(model):
+    return type(model)(model.config)
+
+
+def test_6_nothing_else_moves(attached):
+    """Weight decay and Adam's moments are what moves masked or frozen entries when something is wrong."""
+    _, backbone, _, attachment = attached
+    model, inputs = attachment.model, batch(backbone)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.1)
+    for _ in range(3):
+        step(model, inputs, optimizer)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+    assert all(torch.equal(buffers[name], b) for name, b in model.named_buffers())
+
+
+def test_8_what_stands_under_the_padding_does_not_matter(attached):
+    _, backbone, _, attachment = attached
+    randomise(attachment)
+    inputs = batch(backbone)
+    other = inputs | {"input_ids": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 77)}
+    assert not torch.equal(inputs["input_ids"], other["input_ids"])
+    a, b = outputs(attachment.model, inputs), outputs(attachment.model, other)
+    if backbone in DECODERS:  # the logits at padded positions are nobody's
+        a, b = (logits[inputs["attention_mask"] == 1] for logits in (a, b))
+    assert (a - b).abs().max() < 1e-12
+
+
+def test_9_generation_is_the_same_with_and_without_cache(attached):
+    _, backbone, _, attachment = attached
+    model = attachment.model
+    if backbone in ENCODERS:
+        assert not model.can_generate()
+        return
+    randomise(attachment)
+    inputs = batch(backbone, padded=backbone in SEQ2SEQ)
+    inputs.pop("labels")
+    for beams in (1, 2):
+        settings = dict(max_new_tokens=6, do_sample=False, num_beams=beams, pad_token_id=0)
+        cached = model.generate(**inputs, **settings, use_cache=True)
+        assert torch.equal(cached, model.generate(**inputs, **settings, use_cache=False))
+        assert cached.shape[1] > 1
+
+
+def test_10_a_saved_method_acts_the_same_on_a_fresh_base(attached, tmp_path):
+    _, backbone, _, attachment = attached
+    inputs = batch(backbone)
+    randomise(attachment)
+    expected, state = outputs(attachment.model, inputs), attachment.state()
+    path = attachment.save(tmp_path / "method.safetensors")
+    fresh = build(backbone)
+    with torch.no_grad():
+        for parameter in gl.anatomy.Anatomy(fresh).head().values():
+            parameter.normal_()  # the file has to bring the head
+    torch.manual_seed(99)
+    loaded = gl.load(fresh, path)
+    assert loaded.method == attachment.method
+    assert torch.equal(outputs(fresh, inputs), expected)
+    assert all(torch.equal(state[name], tensor) for name, tensor in loaded.state().items())
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_11_checkpointing_gives_the_same_gradients(attached):
+    _, backbone, _, attachment = attached
+    model, inputs = attachment.model, batch(backbone)
+    randomise(attachment)
+    model.train()  # with dropout, whose draws have to be repeated in the recomputation
+    gradients = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        step(model, inputs)
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        model.activation_checkpointing_enable()
+    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    for name, gradient in gradients[0].items():
+        assert (gradient - gradients[1][name]).abs().max() < 1e-12, name
+
+
+def test_detach_gives_the_base_back_bit_for_bit(attached):
+    _, backbone, before, attachment = attached
+    model, inputs = attachment.model, batch(backbone)
+    fresh = build(backbone)
+    assert fresh.state_dict().keys() <= model.state_dict().keys()  # the base's keys never change
+    randomise(attachment)
+    step(model, inputs, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1))
+    if attachment.mergeable:
+        attachment.merge()
+    assert attachment.detach() is model
+    assert [*model.state_dict()] == [*fresh.state_dict()]
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), fresh.state_dict().values(), strict=True)
+    )
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(outputs(model, inputs), before)
+    with pytest.raises(ValueError, match="ended"):
+        attachment.count()
+
+
+def test_a_deep_copy_is_independent(attached):
+    _, backbone, _, attachment = attached
+    inputs = batch(backbone)
+    randomise(attachment)
+    acting = outputs(attachment.model, inputs)
+    twin = copy.deepcopy(attachment.model)
+    assert torch.equal(outputs(twin, inputs), acting)
+    gl.attached(twin).detach()
+    assert torch.equal(outputs(attachment.model, inputs), acting)
+
+
+@pytest.mark.parametrize("backbone", ENCODERS[:1])
+def test_7_kept_bytes_are_ordered_as_the_theory_says(backbone):
+    def kept(method):
+        model = build(backbone, dtype=torch.float32)
+        gl.attach(model, method)
+        return gl.costs.saved_bytes(model, batch(backbone))
+
+    head, late = kept(gl.HeadOnly()), kept(gl.LoRA(r=2).on(layers=-1))
+    lora, everywhere, full = kept(gl.LoRA(r=2)), kept(gl.LoRA(r=2, targets="all")), kept(gl.FullFineTuning())
+    assert head < late < lora < everywhere and lora < full
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_half_precision_bases_keep_the_added_parameters_in_32_bits(backbone):
+    model = build(backbone, dtype=torch.bfloat16)
+    attachment = gl.attach(model, gl.LoRA(r=2))
+    randomise(attachment)
+    assert {p.dtype for part in attachment.parts for p in part.parameters()} == {torch.float32}
+    assert outputs(model, batch(backbone)).dtype == torch.bfloat16
+    step(model, batch(backbone))
+    acting = outputs(model, batch(backbone)).double()
+    attachment.merge()
+    change = (outputs(model, batch(backbone)).double() - acting).abs().max()
+    assert change < 0.05 * acting.abs().max()  # bfloat16 holds 8 bits

@@ -1,0 +1,399 @@
+"""fit and evaluate on two classes that one word tells apart."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from dataclasses import dataclass
+
+import datasets
+import pytest
+import torch
+import transformers
+from common import build
+
+import guidelib as gl
+from guidelib import training
+from guidelib.method import Attachment, Method
+
+WORDS = ("the", "a", "book", "story", "long", "read", "we", "it")
+
+
+def split(n, seed):
+    draw = random.Random(seed)
+    rows = {"text": [], "label": []}
+    for i in range(n):
+        words = [draw.choice(WORDS) for _ in range(draw.randint(1, 4))]
+        words.insert(draw.randint(0, len(words)), "zzzz" if i % 2 else "qqqq")
+        rows["text"].append(" ".join(words))
+        rows["label"].append(i % 2)
+    features = datasets.Features(
+        text=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"])
+    )
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+TASK = gl.Task("two words", "classification", ("no", "yes"), split(64, 0), split(32, 1), split(32, 2))
+TOKENIZER = transformers.ByT5Tokenizer(model_max_length=256)
+QUICK = dict(epochs=1, batch_size=16, max_length=32, lr=1e-2, progress=False)
+
+
+def attached(method=None, **arguments):
+    model = build("tiny-bert", dtype=torch.float32)
+    gl.attach(model, method or gl.LoRA(r=4, targets="all"), **arguments)
+    return model
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def moved(model, before):
+    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+
+
+def test_training_lowers_the_loss_gets_the_test_split_right_and_outlives_saving_and_merging(tmp_path):
+    model = attached()
+    before = gl.evaluate(model, TASK, TOKENIZER, max_length=32)
+    fitted = gl.fit(model, TASK, TOKENIZER, **QUICK | dict(epochs=12))
+    after = gl.evaluate(model, TASK, TOKENIZER, max_length=32)
+    assert fitted.steps == len(fitted.losses) == 12 * 4 and fitted.seconds > 0
+    assert sum(fitted.losses[-4:]) < 0.5 * sum(fitted.losses[:4])
+    assert before["accuracy"] < 0.8 < 0.9 < after["accuracy"]
+    assert after["loss"] < before["loss"]
+    assert not model.training
+
+    path = gl.attached(model).save(tmp_path / "a.safetensors")
+    gl.attached(model).merge(permanent=True)
+    assert gl.evaluate(model, TASK, TOKENIZER, max_length=32) == pytest.approx(after, abs=1e-5)
+    fresh = build("tiny-bert", dtype=torch.float32)
+    gl.load(fresh, path)
+    assert gl.evaluate(fresh, TASK, TOKENIZER, max_length=32) == pytest.approx(after, abs=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 32])
+def test_evaluate_is_what_a_loop_finds(rows):
+    model = attached()
+    result = gl.evaluate(model, TASK, TOKENIZER, split="validation", batch_size=rows, max_length=32)
+    losses, right = [], 0
+    for row in TASK.validation:
+        ids = torch.tensor([TOKENIZER(row["text"], truncation=True, max_length=32)["input_ids"]])
+        with torch.no_grad():
+            output = model(input_ids=ids, labels=torch.tensor([row["label"]]))
+        losses.append(float(output.loss))
+        right += int(output.logits.argmax()) == row["label"]
+    assert set(result) == {"accuracy", "loss"}
+    assert result["accuracy"] == right / 32
+    if rows in (1, 32):  # a mean of the batches' means
+        assert result["loss"] == pytest.approx(sum(losses) / 32, abs=1e-5)
+
+
+def test_the_seed_decides():
+    losses = [gl.fit(attached(), TASK, TOKENIZER, **QUICK, seed=seed).losses for seed in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_only_what_is_attached_moves():
+    model = attached(gl.LoRA(r=2).on(layers=0))
+    before = weights(model)
+    gl.fit(model, TASK, TOKENIZER, **QUICK)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert moved(model, before) == trainable
+    assert len(trainable) == 2 * 2 + 2
+
+
+def test_full_fine_tuning_moves_everything_and_detach_brings_it_back():
+    model = attached(gl.FullFineTuning())
+    before = weights(model)
+    gl.fit(model, TASK, TOKENIZER, **QUICK)
+    assert len(moved(model, before)) > 0.9 * len(before)
+    gl.attached(model).detach()
+    assert moved(model, before) == set()
+
+
+def test_each_learning_rate_reaches_its_group(monkeypatch):
+    seen, make = [], training._optimizer
+
+    def spy(*arguments):
+        seen.append(make(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(training, "_optimizer", spy)
+    model = attached()
+    gl.fit(model, TASK, TOKENIZER, **QUICK | dict(lr=1e-3), head_lr=1e-2, warmup=0.0, weight_decay=0.25)
+    (optimizer,) = seen
+    body, head = optimizer.param_groups
+    assert (body["initial_lr"], head["initial_lr"]) == (1e-3, 1e-2)
+    assert body["weight_decay"] == head["weight_decay"] == 0.25
+    assert {id(p) for p in head["params"]} == {id(p) for p in gl.attached(model).anatomy.head().values()}
+    assert {id(p) for g in (body, head) for p in g["params"]} == {
+        id(p) for p in model.parameters() if p.requires_grad
+    }
+    gl.fit(model, TASK, TOKENIZER, **QUICK | dict(lr=1e-3))
+    assert [group["initial_lr"] for group in seen[1].param_groups] == [1e-3, 1e-3]
+
+
+def test_a_tiny_head_rate_moves_the_head_little():
+    """Adam's first steps are as long as the rate, so the rate is seen in how far a weight goes."""
+    model = attached(gl.LoRA(r=4))
+    before = weights(model)
+    gl.fit(model, TASK, TOKENIZER, **QUICK | dict(lr=1e-2), head_lr=1e-6)
+    change = {
+        name: (p - before[name]).abs().max().item() for name, p in model.named_parameters() if p.requires_grad
+    }
+    head = [c for name, c in change.items() if name.startswith("classifier")]
+    assert 0 < max(head) <= 4.1e-6
+    assert max(c for name, c in change.items() if not name.startswith("classifier")) > 1e-3
+
+
+def test_the_rate_rises_over_the_warm_up_and_falls_to_zero(monkeypatch):
+    rates, make = [], training._optimizer
+
+    def spy(*arguments):
+        optimizer = make(*arguments)
+        optimizer.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
+        return optimizer
+
+    monkeypatch.setattr(training, "_optimizer", spy)
+    gl.fit(attached(), TASK, TOKENIZER, **QUICK | dict(epochs=5, lr=1.0e-3), warmup=0.25)
+    rising = [1e-3 * i / 5 for i in range(5)]
+    falling = [1e-3 * (20 - i) / 15 for i in range(5, 20)]
+    assert rates == pytest.approx(rising + falling)
+
+
+def test_epochs_may_be_a_fraction():
+    assert gl.fit(attached(), TASK, TOKENIZER, **QUICK | dict(epochs=0.5)).steps == 2
+    assert gl.fit(attached(), TASK, TOKENIZER, **QUICK | dict(epochs=0.01, batch_size=48)).steps == 1
+
+
+# the phases of a method
+
+CALLS = []
+
+
+@dataclass(frozen=True)
+class Recorder(Method):
+    """Trains nothing of its own, and writes down how it is called."""
+
+    name: str = "one"
+    penalty: float | None = None
+
+    def parts(self, anatomy, saved):
+        return []
+
+    def prepare(self, attachment, batches):
+        CALLS.append((self.name, "prepare", attachment, list(batches)))
+
+    def regularizer(self, attachment):
+        CALLS.append((self.name, "regularizer", attachment))
+        return None if self.penalty is None else torch.tensor(self.penalty)
+
+    def after_step(self, attachment, step, total):
+        gradients = [p.grad is not None for p in attachment.model.parameters() if p.requires_grad]
+        CALLS.append((self.name, "after_step", attachment, step, total, all(gradients)))
+
+    def finish(self, attachment):
+        CALLS.append((self.name, "finish", attachment))
+
+
+def test_the_phases_are_called_in_order_with_what_they_need():
+    CALLS.clear()
+    model = attached(Recorder())
+    gl.fit(model, TASK, TOKENIZER, **QUICK | dict(epochs=0.5))
+    assert [call[1] for call in CALLS] == ["prepare", *("regularizer", "after_step") * 2, "finish"]
+    assert all(call[2] is gl.attached(model) and isinstance(call[2], Attachment) for call in CALLS)
+    assert [call[3:] for call in CALLS if call[1] == "after_step"] == [(1, 2, True), (2, 2, True)]
+    batches = CALLS[0][3]
+    assert [len(batch["labels"]) for batch in batches] == [16] * 4
+    assert all({"input_ids", "attention_mask", "labels"} <= batch.keys() for batch in batches)
+    assert [int(label) for batch in batches for label in batch["labels"]] == list(TASK.train["label"])
+    model(**batches[0])  # the model takes them as they are
+
+
+def test_a_regularizer_enters_the_loss():
+    plain, with_penalty = (
+        gl.fit(attached(Recorder(penalty=penalty)), TASK, TOKENIZER, **QUICK).losses
+        for penalty in (None, 5.0)
+    )
+    assert with_penalty == pytest.approx([loss + 5 for loss in plain], abs=1e-5)
+
+
+@dataclass(frozen=True)
+class Shrink(Method):
+    """A penalty with a gradient: the head's squared norm, times a large number."""
+
+    def parts(self, anatomy, saved):
+        return []
+
+    def regularizer(self, attachment):
+        return 1e4 * sum(p.square().sum() for p in attachment.anatomy.head().values())
+
+
+def test_a_regularizers_gradient_reaches_the_weights():
+    norms = []
+    for method in (gl.HeadOnly(), Shrink()):
+        model = attached(method)
+        before = model.classifier.weight.norm().item()
+        gl.fit(model, TASK, TOKENIZER, **QUICK | dict(epochs=4))
+        norms.append(model.classifier.weight.norm().item() / before)
+    assert norms[1] < 0.8 * norms[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        (Recorder("one", 1.0) + Recorder("two", 2.0), ["one", "two"]),
+        (gl.LoRA(r=2) + Recorder("two", 3.0), ["two"]),
+        (Recorder("one", 3.0).on(layers=0), ["one"]),
+    ],
+)
+def test_sums_and_restrictions_pass_the_phases_on(method, names):
+    CALLS.clear()
+    plain = gl.fit(attached(Recorder()), TASK, TOKENIZER, **QUICK | dict(epochs=0.25)).losses
+    CALLS.clear()
+    model = attached(method)
+    losses = gl.fit(model, TASK, TOKENIZER, **QUICK | dict(epochs=0.25)).losses
+    phases = ("prepare", "regularizer", "after_step", "finish")
+    assert [call[:2] for call in CALLS if call[1] != "prepare"] == [(n, p) for p in phases[1:] for n in names]
+    assert losses == pytest.approx([plain[0] + 3], abs=1e-5)
+    # each gets the batches in full, one after the other
+    assert [(call[0], len(call[3])) for call in CALLS if call[1] == "prepare"] == [
+        (name, 4) for name in names
+    ]
+
+
+# when it goes wrong
+
+
+def test_a_rate_that_is_too_high_stops_with_its_reason_and_restores_the_start():
+    model = attached(gl.FullFineTuning())
+    before = weights(model)
+    with pytest.raises(
+        FloatingPointError, match=r"the loss is (nan|inf) at step \d+; lr must be lower than 1e\+30"
+    ):
+        gl.fit(model, TASK, TOKENIZER, **QUICK | dict(lr=1e30, epochs=5), warmup=0.0)
+    assert moved(model, before) == set()
+    assert not model.training and all(p.grad is None for p in model.parameters())
+    gl.fit(model, TASK, TOKENIZER, **QUICK | dict(epochs=0.25))  # and it can be trained again
+
+
+def test_a_poisoned_weight_is_found_at_the_first_step():
+    model = attached()
+    with torch.no_grad():
+        model.encoder.encoder.layer[0].output.dense.weight[0, 0] = float("nan")
+    before = weights(model)
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 1; lr must be lower than 0.01"):
+        gl.fit(model, TASK, TOKENIZER, **QUICK)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(torch.nan_to_num(parameter), torch.nan_to_num(before[name]))
+
+
+def empty():
+    return gl.Task(
+        "nothing", "classification", ("no", "yes"), TASK.train.select([]), TASK.validation, TASK.test
+    )
+
+
+BAD = [
+    (dict(lr=0), "lr must be a positive number, got 0"),
+    (dict(lr=-1e-3), "lr must be a positive number, got -0.001"),
+    (dict(lr=float("nan")), "lr must be a positive number, got nan"),
+    (dict(lr="1e-3"), "lr must be a positive number, got '1e-3'"),
+    (dict(head_lr=0), "head_lr must be a positive number, got 0"),
+    (dict(head_lr=float("inf")), "head_lr must be a positive number, got inf"),
+    (dict(epochs=0), "epochs must be a positive number, got 0"),
+    (dict(epochs=float("inf")), "epochs must be a positive number, got inf"),
+    (dict(batch_size=0), "batch_size must be"),
+    (dict(batch_size=2.5), "batch_size must be"),
+    (dict(warmup=1), "warmup must be"),
+    (dict(warmup=-0.1), "warmup must be"),
+    (dict(warmup="0.1"), "warmup must be"),
+    (dict(weight_decay=-1), "weight_decay must be"),
+    (dict(max_length=0), "max_length"),
+    (
+        dict(task=empty()),
+        "task must be a task with training data, got 'nothing with an empty training split'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda value: str(value)[:30])
+def test_impossible_arguments(arguments, message):
+    model = attached()
+    before, state = weights(model), torch.get_rng_state()
+    with pytest.raises(ValueError) as error:
+        gl.fit(**dict(model=model, task=TASK, tokenizer=TOKENIZER) | QUICK | arguments)
+    assert message in str(error.value)
+    assert moved(model, before) == set() and torch.equal(torch.get_rng_state(), state)
+
+
+def test_something_has_to_be_attached_and_unmerged():
+    model = build("tiny-bert", dtype=torch.float32)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"model carries no method; call guidelib.attach"):
+        gl.fit(model, TASK, TOKENIZER, **QUICK)
+    attachment = gl.attach(model, gl.LoRA(r=2))
+    attachment.merge()
+    with pytest.raises(ValueError, match=r"model must be unmerged while it trains; call unmerge\(\) first"):
+        gl.fit(model, TASK, TOKENIZER, **QUICK)
+    assert all(torch.equal(before[name], tensor) for name, tensor in attachment.detach().state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["dev", "", None])
+def test_evaluate_wants_a_split_that_is_there(name):
+    with pytest.raises(ValueError, match="split: got .* but one of train, validation, test is accepted"):
+        gl.evaluate(attached(), TASK, TOKENIZER, split=name)
+
+
+def test_evaluate_wants_data():
+    task = gl.Task(
+        "nothing", "classification", ("no", "yes"), TASK.train, TASK.validation, TASK.test.select([])
+    )
+    with pytest.raises(
+        ValueError, match="task must be a task with data there, got 'nothing with an empty test split'"
+    ):
+        gl.evaluate(attached(), task, TOKENIZER)
+
+
+# what it leaves behind
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_nothing_is_printed_written_or_switched(tmp_path, monkeypatch, capfd, progress):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    verbosity = transformers.logging.get_verbosity()
+    default = torch.get_default_dtype(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()
+    flags = [p.requires_grad for p in attached().parameters()]
+    bars = transformers.utils.logging.is_progress_bar_enabled(), datasets.utils.are_progress_bars_disabled()
+    model = attached()
+    capfd.readouterr()
+    gl.fit(model, TASK, TOKENIZER, **QUICK | dict(progress=progress))
+    gl.evaluate(model, TASK, TOKENIZER, max_length=32)
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert progress == ("step/s" in printed.err or "s/step" in printed.err or "step" in printed.err)
+    assert printed.err.endswith("\r") or not progress  # the bar is wiped out
+    assert list(tmp_path.iterdir()) == []
+    assert transformers.logging.get_verbosity() == verbosity
+    assert default == (
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    assert bars == (
+        transformers.utils.logging.is_progress_bar_enabled(),
+        datasets.utils.are_progress_bars_disabled(),
+    )
+    assert flags == [p.requires_grad for p in model.parameters()]
+
+
+def test_evaluating_does_not_change_the_model():
+    model = attached()
+    before = weights(model)
+    first = gl.evaluate(model, TASK, TOKENIZER, max_length=32)
+    model.train()  # with dropout, were it not switched off
+    assert gl.evaluate(model, TASK, TOKENIZER, max_length=32) == first
+    assert moved(model, before) == set()
+    assert all(math.isfinite(value) for value in first.values())
