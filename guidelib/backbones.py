@@ -1,8 +1,10 @@
-"""Backbones: two really pretrained models that load without a network, and tiny random ones for tests.
+"""Backbones: three really pretrained models that load without a network, and tiny random ones for tests.
 
     minilm     all-MiniLM-L6-v2: BERT, 6 layers, d = 384, 22.7 M parameters
     smollm2    SmolLM2-135M-Instruct: LLaMA-like decoder, 30 layers, d = 576, 134.5 M parameters
-    tiny-*     random weights: 2 layers, d = 32, 4 heads of 8, a byte vocabulary
+    tiny-t5    this project's own: T5 v1.1, 4 + 4 layers, d = 128, 2.5 M parameters
+    tiny-t5-untrained   the same with random weights: what pretraining is worth is the difference
+    tiny-...   random weights: 2 layers, d = 32, 4 heads of 8, a byte vocabulary
 
 Any other name with a "/" is a hub id, or a folder.  Only safetensors are read, and no remote code runs.
 """
@@ -23,7 +25,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
-from guidelib.checkpoints import minilm_folder, no_progress_bars, smollm2_folder
+from guidelib.checkpoints import minilm_folder, no_progress_bars, smollm2_folder, tiny_t5_folder
 from guidelib.tasks import Task, load_task
 
 
@@ -40,7 +42,8 @@ def load_backbone(
     ``minilm`` comes from an installed package, else from the hub: the same files, checked against the same
     hashes.  ``smollm2`` comes from a package with 4-bit weights, converted once to bfloat16 in
     ``$GUIDELIB_CACHE`` (default ``~/.cache/guidelib``).  They are *not* the weights of
-    HuggingFaceTB/SmolLM2-135M-Instruct; pass that id for those.
+    HuggingFaceTB/SmolLM2-135M-Instruct; pass that id for those.  ``tiny-t5`` is part of guidelib: see
+    book/tiny-t5.md.
 
     Raises ValueError for an unknown name or a wrong hash, ModuleNotFoundError for a missing package,
     OSError for a hub id that cannot be loaded, NotImplementedError for an encoder-decoder with a task.
@@ -143,10 +146,13 @@ def _architecture(config: PreTrainedConfig) -> tuple[str, type[PreTrainedModel],
 
 def _with_head(model: PreTrainedModel, task: Task, seed: int) -> PreTrainedModel:
     config, (kind, *_) = model.config, _architecture(model.config)
+    if task.kind == "text2text" and kind == "encoder-decoder":
+        return model  # its head is the one it has
     if task.kind != "classification" or kind == "encoder-decoder":
         raise NotImplementedError(
             f"task: the {kind} {config.model_type} cannot be given the {task.kind} task {task.name!r}; "
-            "classification with an encoder or a decoder is accepted, or task=None"
+            "classification with an encoder or a decoder, text2text with an encoder-decoder, or task=None is "
+            "accepted"
         )
     config.id2label = dict(enumerate(task.labels))  # this sets num_labels, too
     config.label2id = {label: index for index, label in enumerate(task.labels)}
@@ -178,6 +184,21 @@ def _smollm2(seed: int, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrained
     folder = smollm2_folder()
     with no_progress_bars():
         model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def _tiny_t5(
+    seed: int, dtype: torch.dtype, untrained: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    folder = tiny_t5_folder()
+    if untrained:
+        with _seeded(seed):
+            model = transformers.T5ForConditionalGeneration(AutoConfig.from_pretrained(folder))
+        return model.to(dtype), AutoTokenizer.from_pretrained(folder)
+    with no_progress_bars():
+        model = transformers.T5ForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True
+        )
     return model, AutoTokenizer.from_pretrained(folder)
 
 
@@ -235,7 +256,11 @@ def _tiny(name: str, seed: int, dtype: torch.dtype) -> tuple[PreTrainedModel, Pr
     return model.to(dtype), transformers.ByT5Tokenizer(model_max_length=256)
 
 
-_NAMED = {"minilm": _minilm, "smollm2": _smollm2} | {name: functools.partial(_tiny, name) for name in _TINY}
+_NAMED = (
+    {"minilm": _minilm, "smollm2": _smollm2, "tiny-t5": _tiny_t5}
+    | {"tiny-t5-untrained": functools.partial(_tiny_t5, untrained=True)}
+    | {name: functools.partial(_tiny, name) for name in _TINY}
+)
 
 
 @contextmanager

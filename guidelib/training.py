@@ -10,12 +10,14 @@ import math
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader
 from tqdm.std import tqdm  # the text bar: the notebook one saves a widget that is dead on a page
 from transformers import (
+    DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,6 +30,7 @@ from transformers import (
 from guidelib.environment import device
 from guidelib.method import Attachment, attached, expect
 from guidelib.tasks import SPLITS, Task
+from guidelib.text2text import generate, score
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def fit(
     )
 
     data = task.encode(tokenizer, "train", max_length)
-    collate = DataCollatorWithPadding(tokenizer)
+    collate = _collator(model, task, tokenizer)
     attachment.method.prepare(attachment, DataLoader(data, batch_size=batch_size, collate_fn=collate))
 
     before = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -141,7 +144,11 @@ def evaluate(
     batch_size: int = 64,
     max_length: int = 64,
 ) -> dict[str, float]:
-    """Accuracy (0 to 1) and mean loss of ``model`` on a split of a classification task."""
+    """Mean loss of ``model`` on a split (of a text per text, of text2text per token), and how well it does.
+
+    For classification that is ``accuracy`` (0 to 1); for text2text the scores of `guidelib.text2text.score`
+    for what it writes greedily.
+    """
     full = split not in SPLITS or len(getattr(task, split)) > 0
     expect(full, "task", f"{task.name} with an empty {split} split", "a task with data there")
     data = task.encode(tokenizer, split, max_length)
@@ -154,7 +161,14 @@ def evaluate(
             disable_tqdm=True,
             use_cpu=device() == "cpu",
         )
-        trainer = Trainer(model, arguments, data_collator=DataCollatorWithPadding(tokenizer))
+        trainer = Trainer(model, arguments, data_collator=_collator(model, task, tokenizer))
+        if task.kind == "text2text":
+            loss = _token_loss(model, trainer.get_eval_dataloader(data))
+            texts = getattr(task, split)
+            written = generate(
+                model, tokenizer, texts["source"], max_length=max_length, batch_size=batch_size
+            )
+            return {"loss": loss} | score(written, texts["target"], texts["source"])
         result = trainer.predict(data)
     right = result.predictions.argmax(-1) == result.label_ids
     return {"accuracy": float(right.mean()), "loss": float(result.metrics["test_loss"])}
@@ -162,6 +176,23 @@ def evaluate(
 
 def _finite(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _collator(model: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase) -> Callable:
+    if task.kind == "text2text":
+        return DataCollatorForSeq2Seq(tokenizer, model)
+    return DataCollatorWithPadding(tokenizer)
+
+
+@torch.no_grad()
+def _token_loss(model: PreTrainedModel, batches: DataLoader) -> float:
+    """Cross-entropy per target token.  A mean over batches would depend on their size."""
+    total = count = 0
+    for batch in batches:
+        tokens = int((batch["labels"] != -100).sum())
+        total += float(model.eval()(**batch).loss) * tokens
+        count += tokens
+    return total / count
 
 
 def _optimizer(

@@ -447,7 +447,7 @@ def test_failed_conversion_leaves_nothing(tmp_path, monkeypatch):
 
 def test_unknown_name_lists_the_accepted():
     with pytest.raises(
-        ValueError, match="name: 'mini' is not a backbone; accepted are minilm, smollm2, tiny-bert"
+        ValueError, match="name: 'mini' is not a backbone; accepted are minilm, smollm2, tiny-t5,"
     ):
         load_backbone("mini")
 

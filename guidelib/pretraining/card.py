@@ -1,0 +1,121 @@
+"""The card of ``tiny-t5``, from the facts that its training stored and the comparisons that were run with it.
+
+``python -m guidelib.pretraining.card book/tiny-t5.md`` writes it into that page.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from guidelib.checkpoints import tiny_t5_folder
+from guidelib.experiments import RESULTS, best_rate
+from guidelib.pretraining.corpus import AUSTEN, KJV, WEB, WORDNET
+
+START, END = "<!-- card: tiny-t5 -->\n", "\n<!-- end of card: tiny-t5 -->"
+LOSSES = {
+    "copy": "the text itself",
+    "fill": "the text, from one with gaps",
+    "repair": "the text, from one with wrong, missing and added tokens",
+    "spans": "what stood in the gaps, with the numbers of the gaps",
+    "hidden": "the same, without the numbers",
+}
+TITLES = {
+    "king_james": ("King James Version without the Gospels", KJV, "(kept: the verse is its book's own)"),
+    "world_english": ("World English Bible without the Gospels", WEB, "(kept)"),
+    "glosses": ("WordNet's glosses", WORDNET, "(left out)"),
+    "austen": ("Jane Austen's six novels", AUSTEN, "(left out)"),
+}
+ARMS = {"tiny-t5": "`tiny-t5`, fine-tuned", "tiny-t5-untrained": "random weights, fine-tuned the same way"}
+
+
+def model_card() -> str:
+    """The card in Markdown."""
+    folder = tiny_t5_folder()
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    plan, corpus, tokens = facts["plan"], facts["corpus"], facts["tokens"]
+    made_with = ", ".join(f"{k} {facts['versions'][k]}" for k in ("torch", "transformers", "tokenizers"))
+    size = (folder / "model.safetensors").stat().st_size
+    text = {name: corpus[f"{name}_characters"] / 1e6 for name in TITLES}
+    lines = [
+        "| fact | value |",
+        "|---|---|",
+        f"| Parameters | {facts['parameters']:,} in float32, {size / 1e6:.1f} MB |",
+        f"| Vocabulary | {plan['vocabulary']:,} tokens (byte pairs), of them 32 for gaps |",
+        f"| Text | {corpus['train']:,} tokens, and {corpus['held_out']:,} held out |",
+        f"| Training | {facts['steps']:,} steps; {tokens['text'] / 1e6:.1f} million tokens of text: "
+        f"{tokens['source'] / 1e6:.1f} million read, {tokens['target'] / 1e6:.1f} million predicted |",
+        f"| Time | {facts['hours']:.1f} hours on one thread of a shared processor |",
+        f"| Made with | {made_with}; seed {plan['seed']} |",
+        f"| SHA-256 of the text | `{corpus['sha256']}` |",
+        "",
+        "| text | million characters | units | with a quotation of a Gospel | package and its SHA-256 |",
+        "|---|---:|---:|---|---|",
+    ]
+    for name, (title, source, what) in TITLES.items():
+        units, quoting = corpus[f"{name}_units"], corpus[f"{name}_quoting"]
+        package = f"`{source.package}` `{source.sha256}`"
+        lines.append(f"| {title} | {text[name]:.1f} | {units:,} | {quoting} {what} | {package} |")
+    lines += [
+        "",
+        "| held-out loss per token (natural logarithm) | random weights | trained |",
+        "|---|---:|---:|",
+    ]
+    for name, title in LOSSES.items():
+        lines.append(f"| {title} | {facts['random_weights'][name]:.2f} | {facts['held_out'][name]:.2f} |")
+    lines += [
+        "",
+        f"A model that knows only how frequent each token is has a loss of {facts['unigram']:.2f}: "
+        "compare that with the last line.",
+    ]
+    return "\n".join(lines + evidence())
+
+
+def evidence() -> list[str]:
+    """What the pretraining is worth on the task `modern-bible`, if the comparisons were run."""
+    results = {name: RESULTS / f"{name}.json" for name in ARMS}
+    if not all(path.exists() for path in results.values()):
+        return []
+    results = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in results.items()}
+    settings = results["tiny-t5"]["settings"]
+    label = next(iter(settings["methods"]))
+    rows = {"the source, copied": (None, [results["tiny-t5"]["copy"]["test"]])}
+    for name, title in ARMS.items():
+        rate = best_rate(results[name], label)
+        rows[title] = (rate, [run["test"] for run in results[name]["runs"] if run["lr"] == rate])
+    epochs = "1 epoch" if settings["epochs"] == 1 else f"{settings['epochs']:g} epochs"
+    lines = [
+        "",
+        f"Fine-tuned on {settings['train']:,} verses of `modern-bible` for {epochs} with "
+        f"{len(settings['seeds'])} seeds: mean ± standard deviation on Matthew, Luke and John. The learning "
+        "rate was chosen on Mark.",
+        "",
+        "| | learning rate | chrF | changed words: precision | recall | F1 | verses exactly right |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for title, (rate, scores) in rows.items():
+        cells = [_cell(s["chrf"] for s in scores)]
+        cells += [_cell(100 * s[key] for s in scores) for key in ("precision", "recall", "f1", "exact")]
+        lines.append(f"| {title} | {rate or ''} | {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(values) -> str:
+    values = list(values)
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def main(page: str) -> None:
+    """Write the card between its two comments in a page."""
+    text = Path(page).read_text(encoding="utf-8")
+    before, found, rest = text.partition(START)
+    if not found or END not in rest:
+        raise ValueError(f"page: {page} has no {START.strip()} with its end: the card cannot be put there")
+    Path(page).write_text(before + START + model_card() + END + rest.partition(END)[2], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
