@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
-from guidelib.data import KJV, WEB, WORDNET
+from guidelib.data import KJV, WEB, WORDNET, packages
 from guidelib.pretraining import corpus as corpora
 from guidelib.pretraining.corpus import AUSTEN, GOSPELS, Corpus, corpus, windows
 from guidelib.pretraining.train import (
@@ -135,19 +135,25 @@ def test_windows_ignore_case_and_punctuation():
     assert list(windows(text)) == list(windows(text.upper().replace(":", " -"))) != []
 
 
-def test_wrong_archive_is_refused(archives, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "_packages", lambda sources, source_dir: dict(archives))
-    (tmp_path / corpora.AUSTEN_FILE).write_bytes(archives[AUSTEN])
-    with pytest.raises(ValueError, match=f"{corpora.AUSTEN_FILE} has sha256 .* is expected"):
+@pytest.fixture
+def only_the_novels(monkeypatch):
+    """The other three archives are not fetched; tests/test_tasks.py does that."""
+    others = {KJV, WEB, WORDNET}
+    monkeypatch.setattr(corpora, "packages", lambda sources, folder: packages(sources - others, folder))
+
+
+def test_wrong_archive_is_refused(archives, tmp_path, only_the_novels):
+    assert AUSTEN.file == "r-cran-janeaustenr_1.0.0-1_all.deb"
+    (tmp_path / AUSTEN.file).write_bytes(archives[AUSTEN])
+    with pytest.raises(ValueError, match=f"{AUSTEN.file} has sha256 .* is expected"):
         corpora.fetch(tmp_path)
 
 
-def test_failing_apt_is_one_sentence(tmp_path, monkeypatch):
+def test_failing_apt_is_one_sentence(tmp_path, monkeypatch, only_the_novels):
     program = tmp_path / "apt-get"
     program.write_text("#!/bin/sh\necho 'E: No such thing' >&2\nexit 100\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(corpora, "_packages", lambda sources, source_dir: {})
     with pytest.raises(
         RuntimeError, match=r"could not fetch r-cran-janeaustenr=1.0.0-1 \(E: No such thing\)"
     ):

