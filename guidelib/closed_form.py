@@ -128,11 +128,11 @@ class _Step:
         out_live = live or _trained(module.weight) or (module.bias is not None and _trained(module.bias))
         for part, delta in self.deltas.get(label, ()):
             cost = delta.cost()
-            self.forward += tokens * cost.forward
-            self.backward += tokens * (cost.backward + live * cost.backward_input)
+            self.forward += tokens * cost.forward + cost.forward_once
+            self.backward += tokens * (cost.backward + live * cost.backward_input) + cost.backward_once
             if cost.keeps_input:
                 self.keep(name, tokens * d_in)
-            self.keep(part, tokens * cost.kept)
+            self.keep(part, tokens * cost.kept + cost.kept_once)
             out_live = True
         return out_live
 

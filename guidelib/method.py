@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -90,6 +91,10 @@ class Method(Spec):
         """The names of base parameters to train in place."""
         return set()
 
+    def rewrites(self, anatomy: Anatomy) -> set[str]:
+        """The names of base parameters that the method itself writes to while it trains, without gradient."""
+        return set()
+
     def prepare(self, attachment: Attachment, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
         """Called once before training, with batches of the training data (a mask's scores, say)."""
 
@@ -97,8 +102,14 @@ class Method(Spec):
         """A scalar to add to every step's loss, or None."""
         return None
 
-    def after_step(self, attachment: Attachment, step: int, total: int) -> None:
-        """Called after each optimiser step, before the gradients are cleared."""
+    def after_step(
+        self, attachment: Attachment, step: int, total: int, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Called after each optimiser step, the first is 1, before the gradients are cleared."""
+
+    def lr_factor(self, step: int, total: int) -> float:
+        """What the learning rate is multiplied by after ``step`` steps, besides the usual schedule."""
+        return 1.0
 
     def finish(self, attachment: Attachment) -> None:
         """Called once after training."""
@@ -132,6 +143,9 @@ class Sum(Method):
     def select(self, anatomy):
         return set().union(*(method.select(anatomy) for method in self.methods))
 
+    def rewrites(self, anatomy):
+        return set().union(*(method.rewrites(anatomy) for method in self.methods))
+
     def prepare(self, attachment, batches):
         for method in self.methods:
             method.prepare(attachment, batches)
@@ -140,9 +154,12 @@ class Sum(Method):
         terms = [term for method in self.methods if (term := method.regularizer(attachment)) is not None]
         return sum(terms) if terms else None
 
-    def after_step(self, attachment, step, total):
+    def after_step(self, attachment, step, total, optimizer):
         for method in self.methods:
-            method.after_step(attachment, step, total)
+            method.after_step(attachment, step, total, optimizer)
+
+    def lr_factor(self, step, total):
+        return math.prod(method.lr_factor(step, total) for method in self.methods)
 
     def finish(self, attachment):
         for method in self.methods:
@@ -163,14 +180,20 @@ class On(Method):
     def select(self, anatomy):
         return self.method.select(anatomy.restrict(self.layers, self.stack))
 
+    def rewrites(self, anatomy):
+        return self.method.rewrites(anatomy.restrict(self.layers, self.stack))
+
     def prepare(self, attachment, batches):
         self.method.prepare(attachment, batches)
 
     def regularizer(self, attachment):
         return self.method.regularizer(attachment)
 
-    def after_step(self, attachment, step, total):
-        self.method.after_step(attachment, step, total)
+    def after_step(self, attachment, step, total, optimizer):
+        self.method.after_step(attachment, step, total, optimizer)
+
+    def lr_factor(self, step, total):
+        return self.method.lr_factor(step, total)
 
     def finish(self, attachment):
         self.method.finish(attachment)
@@ -235,7 +258,7 @@ def _attach(
         torch.manual_seed(seed)
         parts = method.parts(anatomy, saved)
     selected = method.select(anatomy) | set(anatomy.head())
-    return Attachment(model, method, anatomy, parts, selected)
+    return Attachment(model, method, anatomy, parts, selected, method.rewrites(anatomy))
 
 
 class Attachment:
@@ -246,14 +269,21 @@ class Attachment:
     """
 
     def __init__(
-        self, model: PreTrainedModel, method: Method, anatomy: Anatomy, parts: list[Part], selected: set[str]
+        self,
+        model: PreTrainedModel,
+        method: Method,
+        anatomy: Anatomy,
+        parts: list[Part],
+        selected: set[str],
+        rewritten: set[str],
     ):
         self.model, self.method, self.anatomy = model, method, anatomy
         self.merged = False
         self._base = _fingerprint(anatomy)
         self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
         parameters = dict(model.named_parameters())
-        self._originals = {name: parameters[name].detach().clone() for name in sorted(selected)}
+        self._selected = selected
+        self._originals = {name: parameters[name].detach().clone() for name in sorted(selected | rewritten)}
         gradients = {name: p.grad for name, p in parameters.items()}
         added = nn.ModuleDict()
         added.attachment = self
@@ -274,10 +304,19 @@ class Attachment:
         """The parts in the order in which they were plugged in."""
         return list(getattr(self.model, ADDED).values())
 
+    def parts_of(self, method: Method) -> list[Part]:
+        """The parts that ``method``, this attachment's or a member of its sum, made."""
+        return [part for part in self.parts if part.method is method]
+
     def add(self, parts: Iterable[Part]) -> None:
         """Plug further parts in (a mask that is known only after ``prepare``, say)."""
         added = getattr(self.model, ADDED)
         for part in parts:
+            if part.first and (other := next((p for p in self.parts if p.place == part.place), None)):
+                raise ValueError(
+                    f"method: {type(part.method).__name__} must stand first at {part.place}, since it reads "
+                    f"the base weight; {type(other.method).__name__} acts there before it"
+                )
             name, n = part.name, 2
             while name in added:
                 name, n = f"{part.name}_{n}", n + 1
@@ -295,7 +334,7 @@ class Attachment:
             trainable=sum(trainable.values()),
             stored=sum(tensor.numel() for tensor in self.state().values()),
             changed=sum({part.place: part.changed for part in self.parts}.values())
-            + sum(t.numel() for t in self._originals.values()),
+            + sum(self._originals[name].numel() for name in self._selected),
             total=sum(p.numel() for p in self.anatomy.base_parameters().values()),
             head=sum(p.numel() for p in self.anatomy.head().values()),
             norms=sum(n for name, n in trainable.items() if name in norms),
@@ -373,9 +412,11 @@ class Attachment:
             )
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What a file holds: the added tensors, and the base parameters that are trained in place."""
+        """What a file holds: the added tensors, and the base parameters that are changed in place."""
         added = getattr(self.model, ADDED)
-        tensors = {f"{ADDED}.{name}": p for name, p in (*added.named_parameters(), *added.named_buffers())}
+        lasting = added.state_dict().keys()  # buffers that are not persistent can be made again
+        named = (*added.named_parameters(), *added.named_buffers())  # a shared parameter is named once
+        tensors = {f"{ADDED}.{name}": tensor for name, tensor in named if name in lasting}
         parameters = dict(self.model.named_parameters())
         tensors |= {name: parameters[name] for name in self._originals}
         return {name: tensor.detach() for name, tensor in tensors.items()}

@@ -208,7 +208,17 @@ def _optimizer(
 
 
 class _Trainer(Trainer):
-    """The Trainer with a method's regulariser, and a watch on the loss."""
+    """The Trainer with a method's regulariser and learning rate, and a watch on the loss."""
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        scheduler, method = super().create_scheduler(num_training_steps, optimizer), self.attachment.method
+        scheduler.lr_lambdas = [
+            lambda step, usual=usual: usual(step) * method.lr_factor(step, num_training_steps)
+            for usual in scheduler.lr_lambdas
+        ]
+        for group in scheduler.optimizer.param_groups:  # the first step's rate is already set
+            group["lr"] *= method.lr_factor(0, num_training_steps)
+        return scheduler
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
@@ -231,5 +241,6 @@ class _Phases(TrainerCallback):
         self.bar = tqdm(total=steps, disable=not progress, leave=False, file=sys.stderr, unit="step")
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self.attachment.method.after_step(self.attachment, state.global_step + 1, state.max_steps)
+        step, optimizer = state.global_step + 1, kwargs["optimizer"]
+        self.attachment.method.after_step(self.attachment, step, state.max_steps, optimizer)
         self.bar.update()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel
 
 import guidelib as gl
-from guidelib.attachment.weight_delta import DeltaPart
+from guidelib.attachment.weight_delta import Delta, DeltaPart, WeightDelta
+from guidelib.attachment.weight_space import WeightSpacePart
 from guidelib.backbones import MeanPoolClassifier
 from guidelib.method import On, Spec, Sum
 
@@ -280,11 +282,146 @@ def test_what_cannot_be_merged_says_why(monkeypatch):
     randomise(attachment)
     attachment.parts[-1].mergeable = False
     before, acting = copy.deepcopy(model.state_dict()), outputs(model, batch("tiny-bert"))
-    with pytest.raises(ValueError, match="Sum cannot be merged: .*ffn.*no base weight can"):
+    with pytest.raises(ValueError, match="Sum cannot be merged: .*ffn.*has no bias"):
         attachment.merge()
     assert not attachment.mergeable and not attachment.merged
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
     assert torch.equal(outputs(model, batch("tiny-bert")), acting)
+
+
+@dataclass(frozen=True)
+class Growing(gl.Method):
+    """Every parameter of the model times one number."""
+
+    def parts(self, anatomy, saved):
+        return [Grown(self, anatomy.model, anatomy.parameters())]
+
+
+class Grown(WeightSpacePart):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.factor = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def effective(self, name, weight):
+        return self.factor * weight
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_any_parameter_can_be_replaced_while_the_model_runs(backbone):
+    """Tied embeddings, norms and position tables included; with checkpointing, and after a failure."""
+    model, inputs = build(backbone), batch(backbone)
+    before, parameters = outputs(model, inputs), dict(model.named_parameters())
+    attachment = gl.attach(model, Growing())
+    (part,) = attachment.parts
+    assert torch.equal(outputs(model, inputs), before)
+    with torch.no_grad():
+        part.factor.fill_(1.01)
+    loss = model(**inputs).loss
+    (gradient,) = torch.autograd.grad(loss, part.factor)
+    factor = part.factor.detach().clone().requires_grad_()
+    part.unplug()
+    grown = {name: factor * p.detach() for name, p in parameters.items()}
+    defined = torch.func.functional_call(model, grown, kwargs=inputs).loss
+    assert abs(defined - loss) < 1e-12
+    assert abs(torch.autograd.grad(defined, factor)[0] - gradient) < 1e-10 * (1 + abs(gradient))
+    part.plug()
+
+    model.train()
+    model.activation_checkpointing_enable()
+    torch.manual_seed(0)
+    model(**inputs).loss.backward()
+    assert part.factor.grad.abs() > 0
+    with pytest.raises((ValueError, TypeError, RuntimeError, IndexError)):
+        model(input_ids=torch.full((1, 2), 10**6))
+    now = dict(model.named_parameters())
+    assert all(now[name] is parameter for name, parameter in parameters.items())
+    model.activation_checkpointing_disable()
+    model.eval()
+    acting = outputs(model, inputs)
+    attachment.merge()
+    assert (outputs(model, inputs) - acting).abs().max() < 1e-12
+    assert attachment.count().changed == sum(p.numel() for p in parameters.values())
+    attachment.detach()
+    assert torch.equal(outputs(model, inputs), before)
+
+
+@dataclass(frozen=True)
+class Doubling(WeightDelta):
+    """W' = 2 W (+ a b'): not additive, and with a bias of its own."""
+
+    targets: tuple[str, ...] = ("q",)
+    shift: bool = False
+
+    def build(self, site):
+        return Doubled(site, self.shift)
+
+
+class Doubled(Delta):
+    additive = False
+
+    def __init__(self, site, shift):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+        self.moves_bias = shift
+
+    def effective(self, weight, bias):
+        return self.factor * weight, bias + 1 if self.moves_bias else bias
+
+    def adjust(self, x, y, weight, bias):
+        return y + (self.factor - 1) * torch.nn.functional.linear(x, weight) + self.moves_bias
+
+
+def test_an_update_that_reads_the_weight_must_come_first():
+    model, inputs = build("tiny-bert"), batch("tiny-bert")
+    before = outputs(model, inputs)
+    with pytest.raises(ValueError, match="Doubling must stand first at encoder.0.self.q.*LoRA acts there"):
+        gl.attach(model, gl.LoRA(r=2) + Doubling())
+    assert torch.equal(outputs(model, inputs), before) and not hasattr(model, "guidelib")
+    attachment = gl.attach(model, Doubling() + gl.LoRA(r=2))
+    randomise(attachment)
+    acting = outputs(model, inputs)
+    attachment.merge()
+    assert (outputs(model, inputs) - acting).abs().max() < 1e-12
+
+
+def test_a_layer_without_a_bias_cannot_be_merged_with_one():
+    attachment = gl.attach(build("tiny-bert"), Doubling(shift=True))
+    acting = outputs(attachment.model, batch("tiny-bert"))
+    attachment.merge()
+    assert (outputs(attachment.model, batch("tiny-bert")) - acting).abs().max() < 1e-12
+    attachment = gl.attach(build("tiny-llama"), Doubling(shift=True))
+    with pytest.raises(ValueError, match="Doubling cannot be merged.*no bias"):
+        attachment.merge()
+    assert gl.attach(build("tiny-llama"), Doubling()).mergeable
+
+
+def test_parts_know_their_method():
+    one, two = gl.LoRA(r=2), gl.LoRA(r=2, targets="ffn")
+    attachment = gl.attach(build("tiny-bert"), one.on(layers=0) + two)
+    assert [len(attachment.parts_of(m)) for m in (one, two, gl.LoRA(r=2))] == [2, 4, 0]
+
+
+def test_what_a_method_rewrites_is_kept_saved_and_given_back(tmp_path):
+    @dataclass(frozen=True)
+    class Rewriting(gl.LoRA):
+        def rewrites(self, anatomy):
+            names = {id(p): n for n, p in anatomy.parameters().items()}
+            return {names[id(site.module.weight)] for site in anatomy.linears(self.targets)}
+
+    model, inputs = build("tiny-gpt2"), batch("tiny-gpt2")
+    before = outputs(model, inputs)
+    method = Rewriting(r=2, targets="q")
+    attachment = gl.attach(model, method.on(layers=0))
+    weight = model.transformer.h[0].attn.c_attn.weight
+    assert not weight.requires_grad
+    plain = gl.attach(build("tiny-gpt2"), gl.LoRA(r=2, targets="q").on(layers=0)).count()
+    assert attachment.count().changed == plain.changed
+    assert attachment.count().stored == plain.stored + weight.numel()
+    with torch.no_grad():
+        weight.add_(1)
+    assert torch.equal(attachment.state()["transformer.h.0.attn.c_attn.weight"], weight)
+    attachment.detach()
+    assert torch.equal(outputs(model, inputs), before)
 
 
 @pytest.mark.parametrize("backbone", ["tiny-bert", "tiny-gpt2"])

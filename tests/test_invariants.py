@@ -13,6 +13,7 @@ from torch.func import functional_call
 import guidelib as gl
 from guidelib.anatomy import ADDED
 from guidelib.attachment.weight_delta import DeltaPart
+from guidelib.attachment.weight_space import WeightSpacePart
 
 CASES = [
     (case, backbone)
@@ -38,6 +39,29 @@ def step(model, inputs, optimizer=None):
     loss.backward()
     if optimizer:
         optimizer.step()
+
+
+def write(weights, parameters, layer, part):
+    """Put the effective weight and bias of a delta's layer into ``weights``."""
+    site = part.site
+    bias = weights.get(f"{layer}.bias", parameters.get(f"{layer}.bias"))
+    if bias is None and part.delta.moves_bias:  # a layer without one gets one, for the definition's sake
+        size = site.module.weight.shape[1 if type(site.module).__name__ == "Conv1D" else 0]
+        site.module.bias = torch.nn.Parameter(torch.zeros(size, dtype=torch.float64))
+        bias = site.module.bias
+    weight = weights.get(f"{layer}.weight", parameters[f"{layer}.weight"].detach())
+    turned = type(site.module).__name__ == "Conv1D"
+    weight = (weight.t() if turned else weight).clone()
+    bias = None if bias is None else bias.detach().clone() if bias.is_leaf else bias.clone()
+    rows = slice(None) if site.rows is None else site.rows
+    new_weight, new_bias = part.delta.effective(
+        weight[rows].clone(), None if bias is None else bias[rows].clone()
+    )
+    weight[rows] = new_weight
+    weights[f"{layer}.weight"] = weight.t() if turned else weight
+    if bias is not None:
+        bias[rows] = new_bias
+        weights[f"{layer}.bias"] = bias
 
 
 @pytest.mark.parametrize(("name", "backbone"), REFUSED)
@@ -87,24 +111,23 @@ def test_2_weight_space_and_activation_space_agree_in_value_and_gradient(attache
     _, backbone, _, attachment = attached
     model, inputs = attachment.model, batch(backbone)
     parts = attachment.parts
-    if not parts or not all(isinstance(part, DeltaPart) for part in parts):
+    if not parts or not all(isinstance(part, DeltaPart | WeightSpacePart) for part in parts):
         assert not parts or not attachment.mergeable
         return
     randomise(attachment)
-    wanted = [p for part in parts for p in part.parameters()]
+    wanted = list({id(p): p for part in parts for p in part.parameters()}.values())
     fast = model(**inputs).loss
     fast_gradients = torch.autograd.grad(fast, wanted)
 
+    parameters = dict(model.named_parameters())
     names = {id(module): name for name, module in model.named_modules()}
     weights = {}
     for part in parts:
-        site, key = part.site, f"{names[id(part.site.module)]}.weight"
-        full = weights.get(key, site.module.weight.detach())
-        transposed = type(site.module).__name__ == "Conv1D"
-        full = (full.t() if transposed else full).clone()
-        rows = slice(None) if site.rows is None else site.rows
-        full[rows] = part.delta.effective(full[rows].clone(), site.bias)[0]
-        weights[key] = full.t() if transposed else full
+        if isinstance(part, WeightSpacePart):
+            for name in part.replaced:
+                weights[name] = part.effective(name, weights.get(name, parameters[name].detach()))
+        else:
+            write(weights, parameters, names[id(part.site.module)], part)
         part.unplug()
     defined = functional_call(model, weights, kwargs=inputs).loss
     assert abs(fast - defined) < 1e-12

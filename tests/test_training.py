@@ -189,7 +189,8 @@ class Recorder(Method):
         CALLS.append((self.name, "regularizer", attachment))
         return None if self.penalty is None else torch.tensor(self.penalty)
 
-    def after_step(self, attachment, step, total):
+    def after_step(self, attachment, step, total, optimizer):
+        assert optimizer.param_groups
         gradients = [p.grad is not None for p in attachment.model.parameters() if p.requires_grad]
         CALLS.append((self.name, "after_step", attachment, step, total, all(gradients)))
 
@@ -209,6 +210,19 @@ def test_the_phases_are_called_in_order_with_what_they_need():
     assert all({"input_ids", "attention_mask", "labels"} <= batch.keys() for batch in batches)
     assert [int(label) for batch in batches for label in batch["labels"]] == list(TASK.train["label"])
     model(**batches[0])  # the model takes them as they are
+
+
+def test_a_method_can_change_the_learning_rate(monkeypatch):
+    """At a factor of zero nothing moves any more; in a sum the factors multiply."""
+    monkeypatch.setattr(gl.HeadOnly, "lr_factor", lambda self, step, total: float(step < 2))
+    model = attached(gl.HeadOnly() + Recorder())
+    two = {name: p.clone() for name, p in model.named_parameters()}
+    monkeypatch.setattr(Recorder, "lr_factor", lambda self, step, total: 0.0)
+    gl.fit(model, TASK, TOKENIZER, **QUICK)
+    assert all(torch.equal(two[name], p) for name, p in model.named_parameters())
+    monkeypatch.setattr(Recorder, "lr_factor", lambda self, step, total: 1.0)
+    gl.fit(model, TASK, TOKENIZER, **QUICK)
+    assert any(not torch.equal(two[name], p) for name, p in model.named_parameters())
 
 
 def test_a_regularizer_enters_the_loss():

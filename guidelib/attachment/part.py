@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from guidelib.method import Method
 
 
 class Part(nn.Module):
@@ -16,8 +19,10 @@ class Part(nn.Module):
     """
 
     name: str  # unique within an attachment; without dots
-    mergeable: ClassVar[bool] = False
-    why_not: ClassVar[str] = "it computes something that no base weight can"
+    method: Method  # the one that made it
+    mergeable: bool = False
+    why_not: str = "it computes something that no base weight can"
+    first: bool = False  # whether it must come first at its place, since it reads what stands there
 
     def plug(self) -> None:
         raise NotImplementedError

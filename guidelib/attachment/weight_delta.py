@@ -1,7 +1,7 @@
 """WeightDelta - a method that replaces a weight W of the backbone by some W'.
 
 There are two views of the same map.  In weight space, ``effective(W, b) -> W', b'`` is the definition: it
-is what merging writes.  In activation space, ``adjust(x, y) -> y'`` is the fast path: it corrects the
+is what merging writes.  In activation space, ``adjust(x, y, W, b) -> y'`` is the fast path: it corrects the
 frozen layer's output y = W x + b without forming W'.  The tests hold the two equal for every method.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ class BranchCost:
 
     keeps_input: whether autograd keeps the layer's input for it.  kept: numbers kept besides.  forward,
     backward: floating-point operations of its products, the latter without the gradient of the input, which
-    costs ``backward_input`` more where something below is trained.
+    costs ``backward_input`` more where something below is trained.  ``_once``: per step, however many tokens.
     """
 
     keeps_input: bool
@@ -32,11 +33,21 @@ class BranchCost:
     forward: int
     backward: int
     backward_input: int
+    kept_once: int = 0
+    forward_once: int = 0
+    backward_once: int = 0
 
 
 class Delta(nn.Module):
     """The added parameters of one weight.  An additive update fills in ``delta`` and ``forward`` and is done;
-    another one overrides ``effective`` and ``adjust``."""
+    another one overrides ``effective`` and ``adjust``.
+
+    additive: whether the update is the same whatever W is.  If not, no other update can stand before this one
+    at the same weight.  moves_bias: whether b' differs from b; a layer without a bias cannot be merged then.
+    """
+
+    additive: ClassVar[bool] = True
+    moves_bias: ClassVar[bool] = False
 
     def delta(self) -> torch.Tensor:
         """The update of the weight, (d_out, d_in)."""
@@ -56,8 +67,10 @@ class Delta(nn.Module):
         """The fast path's cost in training without dropout."""
         raise NotImplementedError
 
-    def adjust(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Input x (..., d_in) and the base layer's output y (..., d_out) -> y'.
+    def adjust(
+        self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Input x (..., d_in) and the base layer's output y = W x + b (..., d_out) -> y' = W' x + b'.
 
         The added parameters stay in 32 bits beside a 16-bit base, which would round small updates away.
         """
@@ -87,8 +100,7 @@ class WeightDelta(Method):
     def parts(self, anatomy: Anatomy, saved: dict[str, torch.Tensor]) -> list[Part]:
         sites = anatomy.linears(self.targets)
         return [
-            DeltaPart(f"{type(self).__name__}_{site.name.replace('.', '_')}", site, delta)
-            for site, delta in zip(sites, self.build_all(sites), strict=True)
+            DeltaPart(self, site, delta) for site, delta in zip(sites, self.build_all(sites), strict=True)
         ]
 
 
@@ -96,14 +108,17 @@ class DeltaPart(Part):
     """One Delta beside one linear map, as a forward hook: the layer and its ``state_dict`` keys stay what
     they were."""
 
-    mergeable = True
+    why_not = "its layer has no bias that could hold the method's"
 
-    def __init__(self, name: str, site: Site, delta: Delta):
+    def __init__(self, method: Method, site: Site, delta: Delta):
         super().__init__()
-        self.name, self.delta = name, delta
+        self.name = f"{type(method).__name__}_{site.name.replace('.', '_')}"
+        self.method, self.delta = method, delta
         # in a tuple, so that the backbone's layer is not registered as a child of this module
         self._site = (site,)
         self._handle = self._kept = None
+        self.first = not delta.additive
+        self.mergeable = not (delta.moves_bias and site.bias is None)
 
     @property
     def site(self) -> Site:
@@ -127,12 +142,12 @@ class DeltaPart(Part):
             self._handle = None
 
     def _hook(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        x, rows = args[0], self.site.rows
+        x, rows, base = args[0], self.site.rows, (self.site.weight, self.site.bias)
         if rows is None:
-            return self.delta.adjust(x, output)
+            return self.delta.adjust(x, output, *base)
         # one map of a fused projection: only its own outputs change
         before, own, after = output[..., : rows.start], output[..., rows], output[..., rows.stop :]
-        return torch.cat((before, self.delta.adjust(x, own), after), dim=-1)
+        return torch.cat((before, self.delta.adjust(x, own, *base), after), dim=-1)
 
     @torch.no_grad()
     def merge(self) -> None:
