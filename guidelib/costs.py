@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from guidelib import closed_form
+from guidelib import closed_form, recompute
 from guidelib.anatomy import ADDED
 from guidelib.method import Attachment, Count, expect
 
@@ -50,26 +50,27 @@ class Costs:
     kernels: int
 
 
-def measure(model: PreTrainedModel, batch: Batch, *, dropout: bool = False) -> Costs:
+def measure(model: PreTrainedModel, batch: Batch, *, dropout: bool = False, keep_less: bool = False) -> Costs:
     """Measure one step of ``model`` as it stands on ``batch`` (its forward's keyword arguments, labels
     included).
 
     Without labels the sum of the first output stands in for the loss.  ``dropout`` leaves the model's
-    dropout on; the closed forms are for it off.  The model, its gradients and the random state are left as
-    they were.  Raises ValueError if nothing is trainable.
+    dropout on, ``keep_less`` recomputes what is cheap (see ``guidelib.recompute``); the closed forms are for
+    both off.  The model, its gradients and the random state are left as they were.  Raises ValueError if
+    nothing is trainable.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     expect(bool(trainable), "model", type(model).__name__, "a model with trainable parameters")
     attachment: Attachment | None = getattr(getattr(model, ADDED, None), "attachment", None)
-    forward, backward = flops(model, batch)
+    forward, backward = flops(model, batch, keep_less=keep_less)
     gradient_bytes = sum(p.numel() * p.element_size() for p in trainable)
     state = attachment.state() if attachment else {n: p.detach() for n, p in model.named_parameters()}
     return Costs(
         count=attachment.count() if attachment else None,
-        saved_bytes=saved_bytes(model, batch, dropout=dropout),
+        saved_bytes=saved_bytes(model, batch, dropout=dropout, keep_less=keep_less),
         forward_flops=forward,
         backward_flops=backward,
-        predicted=None if dropout else closed_form.predict(model, batch),
+        predicted=None if dropout or keep_less else closed_form.predict(model, batch),
         gradient_bytes=gradient_bytes,
         optimizer_bytes=2 * gradient_bytes,
         file_bytes=len(safetensors.torch.save(state, attachment.metadata() if attachment else None)),
@@ -77,7 +78,9 @@ def measure(model: PreTrainedModel, batch: Batch, *, dropout: bool = False) -> C
     )
 
 
-def saved_bytes(model: PreTrainedModel, batch: Batch, *, dropout: bool = False) -> int:
+def saved_bytes(
+    model: PreTrainedModel, batch: Batch, *, dropout: bool = False, keep_less: bool = False
+) -> int:
     """Bytes of the distinct storages that autograd keeps for the backward pass of one step.
 
     A view keeps its whole storage alive, so each storage counts once and in full.  Parameters, buffers and
@@ -96,20 +99,21 @@ def saved_bytes(model: PreTrainedModel, batch: Batch, *, dropout: bool = False) 
             kept[storage.data_ptr()] = storage
         return tensor.detach()  # the tensor itself would hold its own graph, and never be freed
 
-    with _step(model, dropout=dropout), saved_tensors_hooks(pack, lambda tensor: tensor):
+    hooks = recompute.keep_less(pack) if keep_less else saved_tensors_hooks(pack, lambda tensor: tensor)
+    with _step(model, dropout=dropout), hooks:
         loss = _loss(model, batch)
     total = sum(storage.nbytes() for storage in kept.values())
     del loss  # it owns the graph, and the graph owns what was counted
     return total
 
 
-def flops(model: PreTrainedModel, batch: Batch) -> tuple[int, int]:
+def flops(model: PreTrainedModel, batch: Batch, *, keep_less: bool = False) -> tuple[int, int]:
     """Floating-point operations of the matrix products of one forward and one backward pass.
 
     Attention runs eagerly for the count, because torch's counter does not see the fused CPU kernel.
     """
     with _step(model), _eager_attention(model):
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, recompute.keep_less() if keep_less else nullcontext():
             loss = _loss(model, batch)
         forward = counter.get_total_flops()
         # a real backward pass: torch.autograd.grad would leave out what no wanted gradient needs

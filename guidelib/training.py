@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from guidelib import recompute
 from guidelib.environment import device
 from guidelib.method import Attachment, attached, expect
 from guidelib.tasks import SPLITS, Task
@@ -58,17 +60,19 @@ def fit(
     warmup: float = 0.06,
     weight_decay: float = 0.0,
     seed: int = 0,
+    keep_less: bool = False,
     progress: bool = True,
 ) -> Fit:
     """Train what is attached to ``model`` on the task's training split, with AdamW and a linear schedule.
 
     lr: peak learning rate.  head_lr: that of the task head, ``lr`` where it is not given.  warmup: share of
     the steps over which the rate rises.  max_length: tokens kept of each text.  Batches hold texts of
-    similar length.  ``seed`` fixes the order of the data and the dropout.
+    similar length.  ``seed`` fixes the order of the data and the dropout.  keep_less: recompute what is cheap
+    in the backward pass instead of keeping it (see ``guidelib.recompute``); the losses stay the same.
 
     Raises ValueError if nothing is attached, the method is merged, or the data or a number is impossible;
-    FloatingPointError if the loss is no longer finite.  The trained parameters are then what they were
-    before.
+    FloatingPointError if the loss is no longer finite.  The parameters are then what they were before, those
+    that the method rewrites included.
     """
     attachment = attached(model)
     expect(not attachment.merged, "model", "a merged one", "unmerged while it trains; call unmerge() first")
@@ -93,7 +97,8 @@ def fit(
     collate = _collator(model, task, tokenizer)
     attachment.method.prepare(attachment, DataLoader(data, batch_size=batch_size, collate_fn=collate))
 
-    before = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
+    own = attachment.method.rewrites(attachment.anatomy)
+    before = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad or n in own}
     steps = math.ceil(epochs * math.ceil(len(data) / batch_size))
     phases = _Phases(attachment, steps, progress)
     with tempfile.TemporaryDirectory() as folder:
@@ -120,7 +125,7 @@ def fit(
             optimizers=(_optimizer(attachment, lr, lr if head_lr is None else head_lr, weight_decay), None),
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.attachment, trainer.losses = attachment, []
+        trainer.attachment, trainer.losses, trainer.keep_less = attachment, [], keep_less
         start = time.perf_counter()
         try:
             trainer.train()
@@ -221,7 +226,8 @@ class _Trainer(Trainer):
         return scheduler
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        with recompute.keep_less() if self.keep_less else nullcontext():
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         penalty = self.attachment.method.regularizer(self.attachment)
         loss = loss if penalty is None else loss + penalty
         self.losses.append(float(loss.detach()))
