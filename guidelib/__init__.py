@@ -15,7 +15,16 @@ _MODULES = {
     "guidelib.environment": ("device", "require", "setup", "versions"),
     "guidelib.exercises": ("check",),
     "guidelib.method": ("Attachment", "Count", "Method", "On", "Sum", "attach", "attached", "load"),
+    "guidelib.reparametrization.adalora": ("AdaLoRA",),
+    "guidelib.reparametrization.flora": ("FLoRA", "load_loras", "using"),
+    "guidelib.reparametrization.krona": ("KronA",),
+    "guidelib.reparametrization.dora": ("DoRA",),
+    "guidelib.reparametrization.glora": ("GLoRA",),
     "guidelib.reparametrization.lora": ("LoRA",),
+    "guidelib.reparametrization.nf4": ("NF4",),
+    "guidelib.reparametrization.qlora": ("QLoRA",),
+    "guidelib.reparametrization.relora": ("ReLoRA",),
+    "guidelib.reparametrization.said": ("IntrinsicSAID",),
     "guidelib.selective.anchors": ("FullFineTuning", "HeadOnly"),
     "guidelib.tasks": ("Task", "load_task"),
     "guidelib.training": ("evaluate", "fit"),
@@ -25,7 +34,9 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 METHODS = {  # by the survey's classes; the anchors belong to none
     "anchors": ("FullFineTuning", "HeadOnly"),
-    "reparametrization": ("LoRA",),
+    "reparametrization": (
+        *("LoRA", "AdaLoRA", "DoRA", "GLoRA", "ReLoRA", "QLoRA", "FLoRA", "KronA", "IntrinsicSAID"),
+    ),
 }
 
 __all__ = [*sorted(_HOME), "METHODS"]

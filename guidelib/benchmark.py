@@ -14,7 +14,11 @@ import torch
 
 from guidelib.backbones import load_backbone
 from guidelib.method import Method, attach, expect
+from guidelib.reparametrization.adalora import AdaLoRA
+from guidelib.reparametrization.dora import DoRA
+from guidelib.reparametrization.krona import KronA
 from guidelib.reparametrization.lora import LoRA
+from guidelib.reparametrization.nf4 import NF4
 from guidelib.selective.anchors import FullFineTuning, HeadOnly
 
 METHODS: dict[str, Method] = {
@@ -23,6 +27,11 @@ METHODS: dict[str, Method] = {
     "head only": HeadOnly(),
     "LoRA r=8 on q, v": LoRA(r=8),
     "LoRA r=8 on all": LoRA(r=8, targets="all"),
+    "LoRA-FA r=8 on q, v": LoRA(r=8, freeze_A=True),
+    "DoRA r=8 on q, v": DoRA(r=8, targets=("q", "v")),
+    "AdaLoRA r=8 on q, v": AdaLoRA(r=8, targets=("q", "v")),
+    "KronA on q, v": KronA(),
+    "NF4 with LoRA on q, v": NF4() + LoRA(r=8),
 }
 
 

@@ -132,7 +132,7 @@ class _Step:
             self.backward += tokens * (cost.backward + live * cost.backward_input) + cost.backward_once
             if cost.keeps_input:
                 self.keep(name, tokens * d_in)
-            self.keep(part, tokens * cost.kept + cost.kept_once)
+            self.keep(part, tokens * cost.kept + cost.kept_once + live * cost.kept_input_once)
             out_live = True
         return out_live
 

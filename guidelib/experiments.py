@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from guidelib.method import Method, attach, expect
+from guidelib.reparametrization.adalora import AdaLoRA
+from guidelib.reparametrization.dora import DoRA
+from guidelib.reparametrization.flora import FLoRA
+from guidelib.reparametrization.glora import GLoRA
+from guidelib.reparametrization.krona import KronA
 from guidelib.reparametrization.lora import LoRA
+from guidelib.reparametrization.nf4 import NF4
+from guidelib.reparametrization.relora import ReLoRA
+from guidelib.reparametrization.said import IntrinsicSAID
 from guidelib.selective.anchors import FullFineTuning, HeadOnly
 
 RESULTS = Path(__file__).parent / "results"
@@ -48,6 +56,7 @@ class Comparison:
 
 
 _HEAD, _FULL = HeadOnly(), FullFineTuning()
+_QV, _RATES = ("q", "v"), (2e-3, 4e-3, 8e-3)
 _LORA, _LORA_ALL = LoRA(r=8, alpha=16), LoRA(r=8, alpha=16, targets="all")
 
 REWRITING = dict(
@@ -80,6 +89,26 @@ COMPARISONS = {
         "movie-reviews",
         {"head only": (_HEAD, (1e-2,)), "LoRA r=8 on q, v": (_LORA, (2e-3,))},
         train=1024,
+    ),
+    # The family of LoRA with about as many trained numbers as LoRA with r=8 on q, v has, and on the same task
+    # as "lora-2000", which holds that and the anchors.
+    "family": Comparison(
+        "minilm",
+        "movie-reviews",
+        {
+            "LoRA r=2 on all": (LoRA(r=2, alpha=4, targets="all"), _RATES),
+            "LoRA-FA r=16": (LoRA(r=16, alpha=32, freeze_A=True), _RATES),
+            "DoRA r=8": (DoRA(r=8, alpha=16, targets=_QV), _RATES),
+            "AdaLoRA r=12 to 8": (AdaLoRA(r=12, target_r=8, alpha=24, targets=_QV), _RATES),
+            "GLoRA r=3": (GLoRA(r=3, targets=_QV), (1e-3, 2e-3, 4e-3)),
+            "KronA 96 x 64": (KronA(shape=(96, 64)), (1e-3, 4e-3, 16e-3)),
+            "KronA near-square": (KronA(), (1e-3, 4e-3, 16e-3)),
+            "ReLoRA r=8": (ReLoRA(r=8, alpha=16, targets=_QV, restarts=1), _RATES),
+            "NF4 with LoRA r=8": (NF4() + _LORA, _RATES),
+            "FLoRA r=8": (FLoRA(r=8, tasks=1, targets=_QV), _RATES),
+            "Intrinsic SAID": (IntrinsicSAID(d=73_728), (3e-5, 1e-4, 3e-4)),
+        },
+        train=2000,
     ),
     # What the pretraining of tiny-t5 is worth: the same model and task with and without it.
     "tiny-t5": Comparison("tiny-t5", "modern-bible", **REWRITING),

@@ -13,7 +13,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +124,7 @@ class Method(Spec):
         """This method on some layers (numbers; negative ones count from the top) and one stack only."""
         if layers is not None:
             layers = (layers,) if isinstance(layers, int) else tuple(layers)
-        return On(self, layers, stack)
+        return On(replace(self), layers, stack)  # a copy: one method at two places is two methods
 
 
 @dataclass(frozen=True)
@@ -440,11 +440,15 @@ class Attachment:
             raise FileNotFoundError(f"path: the folder {str(path.parent)!r} does not exist; make it first")
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
             temporary = Path(file.name)
+        merged = self.merged
+        self.unmerge()  # or base weights that the file holds would have the method's effect in them as well
         try:
             save_file({name: t.contiguous() for name, t in self.state().items()}, temporary, self.metadata())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+            if merged:
+                self.merge()
         return path
 
 

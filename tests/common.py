@@ -45,9 +45,29 @@ METHOD_CASES = {
     "head": Case(gl.HeadOnly(), refuses=NO_HEAD),
     "lora": Case(gl.LoRA(r=4, alpha=8)),
     "lora-all": Case(gl.LoRA(r=2, targets="all")),
+    "rslora": Case(gl.LoRA(r=4, alpha=8, rank_stabilized=True)),
+    "lora-fa": Case(gl.LoRA(r=3, targets="all", freeze_A=True)),
     "lora-sum": Case(
         gl.LoRA(r=2, targets="k").on(layers=0) + gl.LoRA(r=3, targets=("k", "ffn")).on(layers=-1)
     ),
+    "qlora": Case(gl.QLoRA(r=4), identity="near", bound=8.0),  # T5's random logits reach 10
+    "nf4-lora": Case(gl.NF4(double=False) + gl.LoRA(r=2).on(layers=-1), identity="near", bound=8.0),
+    "flora-multiply": Case(gl.FLoRA(r=3, tasks=2, targets=("o", "ffn"))),
+    "flora-add": Case(gl.FLoRA(r=3, tasks=2, form="add", targets="all")),
+    "adalora": Case(gl.AdaLoRA(r=4, target_r=2, alpha=8)),
+    "relora": Case(gl.ReLoRA(r=3, alpha=8, targets=("q", "v"))),
+    "krona": Case(gl.KronA(s=2.0)),
+    "krona-all": Case(gl.KronA(shape=(2, 8), targets="all")),
+    "said": Case(gl.IntrinsicSAID(d=200)),
+    "dora": Case(gl.DoRA(r=4)),
+    "dora-all": Case(gl.DoRA(r=2, alpha=6, targets="all", dropout=0.25)),
+    "glora": Case(gl.GLoRA(r=2, D="none", E="vector")),  # D scales the biases, and untrained ones are zero
+    "glora-vectors": Case(
+        gl.GLoRA(r=2, A="vector", C="vector", D="none", E="vector", targets="all"),
+        silent=lambda name: "_k." in name and name.endswith((".C", ".E")),  # a key's bias
+    ),
+    "glora-mergeable": Case(gl.GLoRA(r=2, A="scalar", C="none", D="none", E="none", targets=("v", "ffn"))),
+    "did": Case(gl.IntrinsicSAID(d=64, scales=False)),
 }
 
 

@@ -276,6 +276,20 @@ def test_the_file_is_the_same_merged_or_not(tmp_path):
     assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
 
 
+@pytest.mark.parametrize("method", [gl.ReLoRA(r=2), gl.LoRA(r=2) + gl.FullFineTuning()])
+def test_saving_while_merged_does_not_store_the_effect_twice(method, tmp_path):
+    model, inputs = build("tiny-bert"), batch("tiny-bert")
+    attachment = gl.attach(model, method)
+    randomise(attachment)
+    acting = outputs(model, inputs)
+    attachment.merge()
+    path = attachment.save(tmp_path / "a.safetensors")
+    assert attachment.merged
+    fresh = build("tiny-bert")
+    gl.load(fresh, path)
+    assert (outputs(fresh, inputs) - acting).abs().max() < 1e-12
+
+
 def test_what_cannot_be_merged_says_why(monkeypatch):
     model = build("tiny-bert")
     attachment = gl.attach(model, gl.LoRA(r=2) + gl.LoRA(r=2, targets="ffn"))
@@ -397,8 +411,14 @@ def test_a_layer_without_a_bias_cannot_be_merged_with_one():
 
 def test_parts_know_their_method():
     one, two = gl.LoRA(r=2), gl.LoRA(r=2, targets="ffn")
-    attachment = gl.attach(build("tiny-bert"), one.on(layers=0) + two)
-    assert [len(attachment.parts_of(m)) for m in (one, two, gl.LoRA(r=2))] == [2, 4, 0]
+    attachment = gl.attach(build("tiny-bert"), one + two)
+    assert [len(attachment.parts_of(m)) for m in (one, two, gl.LoRA(r=2))] == [4, 4, 0]
+    attachment = gl.attach(build("tiny-bert"), one.on(layers=0) + one.on(layers=1))
+    low, high = attachment.method.methods
+    assert low.method == high.method == one
+    assert [[p.place for p in attachment.parts_of(m.method)] for m in (low, high)] == [
+        [f"encoder.{layer}.self.{role}" for role in "qv"] for layer in (0, 1)
+    ]
 
 
 def test_what_a_method_rewrites_is_kept_saved_and_given_back(tmp_path):

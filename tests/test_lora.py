@@ -9,9 +9,11 @@ import peft
 import pytest
 import torch
 from common import batch, build, outputs, randomise
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, BertConfig, BertForSequenceClassification
 
 import guidelib as gl
+from guidelib import costs
+from guidelib.reparametrization.lora import LowRank
 
 # backbone, our targets, PEFT's regular expression for the same layers, how many layers that is
 ORACLES = [
@@ -25,6 +27,7 @@ ORACLES = [
     ("tiny-bart", "all", r".*(\.[qkv]_proj|\.out_proj|\.fc1|\.fc2)", 32),
     ("tiny-gpt2", ("o", "ffn"), r".*\.(c_proj|c_fc)", 6),
 ]
+VARIANTS = {"lora": {}, "rslora": {"rank_stabilized": True}, "lora-fa": {"freeze_A": True}}
 
 
 def gradients(model, inputs):
@@ -32,12 +35,15 @@ def gradients(model, inputs):
     model(**inputs).loss.backward()
 
 
-def peft_model(backbone, r, alpha, pattern):
+def peft_model(backbone, r, alpha, pattern, variant="lora", dtype=torch.float64):
     """A PEFT model in eval mode, and its layers by the name that the plain model has for them."""
     config = peft.LoraConfig(
-        r=r, lora_alpha=alpha, target_modules=pattern, fan_in_fan_out="gpt2" in backbone, lora_dropout=0.0
+        **dict(r=r, lora_alpha=alpha, target_modules=pattern, lora_dropout=0.0),
+        **dict(fan_in_fan_out="gpt2" in backbone, use_rslora=variant == "rslora"),
     )
-    model = peft.get_peft_model(build(backbone), config).eval()
+    model = peft.get_peft_model(build(backbone, dtype=dtype), config).eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and not (variant == "lora-fa" and "lora_A" in name))
     prefix = "base_model.model."
     layers = {
         name.removeprefix(prefix): module
@@ -62,13 +68,14 @@ def transplant(attachment, layers):
     return pairs
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("backbone", "targets", "pattern", "n"), ORACLES, ids=lambda value: str(value)[:20])
-def test_output_gradients_and_merged_weights_are_those_of_peft(backbone, targets, pattern, n):
+def test_output_gradients_and_merged_weights_are_those_of_peft(backbone, targets, pattern, n, variant):
     model, inputs = build(backbone), batch(backbone)
     base = outputs(model, inputs)
-    attachment = gl.attach(model, gl.LoRA(r=3, alpha=8, targets=targets))
+    attachment = gl.attach(model, gl.LoRA(r=3, alpha=8, targets=targets, **VARIANTS[variant]))
     randomise(attachment)
-    theirs, layers = peft_model(backbone, 3, 8, pattern)
+    theirs, layers = peft_model(backbone, 3, 8, pattern, variant)
     assert len(attachment.parts) == len(layers) == n
     pairs = transplant(attachment, layers)
     with torch.no_grad():  # PEFT leaves the head as it was
@@ -80,10 +87,12 @@ def test_output_gradients_and_merged_weights_are_those_of_peft(backbone, targets
     assert (ours - outputs(theirs, inputs)).abs().max() <= 1e-12
     gradients(model, inputs)
     gradients(theirs, inputs)
-    for part, a, b in pairs:
-        assert part.delta.A.grad.abs().max() > 0 and part.delta.B.grad.abs().max() > 0
-        assert (part.delta.A.grad - a.grad).abs().max() <= 1e-12, part.name
-        assert (part.delta.B.grad - b.grad).abs().max() <= 1e-12, part.name
+    for part, *factors in pairs:
+        for ours, other in zip((part.delta.A, part.delta.B), factors, strict=True):
+            assert ours.requires_grad == other.requires_grad
+            if ours.requires_grad:
+                assert ours.grad.abs().max() > 0
+                assert (ours.grad - other.grad).abs().max() <= 1e-12, part.name
 
     attachment.merge(permanent=True)
     merged = theirs.merge_and_unload().state_dict()
@@ -291,15 +300,15 @@ def test_the_surveys_sketch_scales_the_frozen_path_too():
     assert torch.equal(outputs(model, batch("tiny-bert")), before)
 
 
-def test_alpha_scales_the_update_alone():
+@pytest.mark.parametrize(("stabilized", "divisor"), [(False, 4), (True, 2)])
+def test_alpha_scales_the_update_alone(stabilized, divisor):
     changes = []
     for alpha in (1, 3):
-        attachment = gl.attach(build("tiny-bert"), gl.LoRA(r=4, alpha=alpha))
+        attachment = gl.attach(build("tiny-bert"), gl.LoRA(r=4, alpha=alpha, rank_stabilized=stabilized))
         randomise(attachment)
         changes.append(attachment.parts[0].delta.delta().detach())
-        assert torch.allclose(
-            changes[-1], alpha / 4 * attachment.parts[0].delta.B @ attachment.parts[0].delta.A
-        )
+        product = attachment.parts[0].delta.B @ attachment.parts[0].delta.A
+        assert torch.allclose(changes[-1], alpha / divisor * product)
     assert torch.allclose(3 * changes[0], changes[1], rtol=1e-12)
 
 
@@ -327,6 +336,191 @@ def test_dropout_acts_in_training_only_and_merging_ignores_it():
     assert (outputs(model, inputs) - acting).abs().max() < 1e-12
 
 
+# rsLoRA
+
+
+@pytest.mark.parametrize(("stabilized", "power"), [(False, -1), (True, 0)])
+def test_the_first_step_is_as_large_at_every_rank_only_if_stabilised(stabilized, power):
+    """dB = s G A^T, and A A^T is about r: its square grows as s^2 r, so as 1 / r with s = alpha / r."""
+
+    def first(r):
+        total = 0
+        for seed in range(8):
+            model = build("tiny-bert")
+            method = gl.LoRA(r=r, targets=("q", "k", "v", "o"), rank_stabilized=stabilized)
+            attachment = gl.attach(model, method, seed=seed)
+            gradients(model, batch("tiny-bert"))
+            total += sum(float(part.delta.B.grad.square().sum()) for part in attachment.parts)
+        return total
+
+    assert first(2) > 0
+    for r in (8, 32):
+        assert math.log(first(r) / first(2), r / 2) == pytest.approx(power, abs=0.15)
+
+
+# LoRA-FA
+
+
+FROZEN_A = {  # model, rank, targets -> trained (half, or what the outputs have), in the file
+    "RoBERTa base, square": (ROBERTA_BASE, 8, QV, 147_456, 294_912),
+    "GPT-3, square": (GPT3, 4, QV, 9_437_184, 18_874_368),
+    "T5-large all": (T5_LARGE, 8, "all", 24 * 8 * (12 * 1024 + 2 * (1024 + 4096)), 8_650_752),
+    "FFN out": (BERT_BASE, 8, "ffn.out", 12 * 8 * 768, 12 * 8 * (768 + 3072)),
+}
+
+
+@pytest.mark.parametrize("name", FROZEN_A)
+def test_with_a_frozen_b_alone_is_trained_and_both_are_in_the_file(name):
+    config, r, targets, trainable, stored = FROZEN_A[name]
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.for_model(**config))
+    count = gl.attach(model, gl.LoRA(r=r, targets=targets, freeze_A=True)).count()
+    assert (count.trainable, count.stored) == (trainable, stored)
+
+
+def test_with_a_frozen_the_start_and_the_gradients_of_b_are_loras():
+    found = []
+    for freeze in (False, True):
+        model = build("tiny-bert")
+        attachment = gl.attach(model, gl.LoRA(r=3, targets="all", freeze_A=freeze), seed=4)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for part in attachment.parts:
+                part.delta.B.normal_(generator=generator)
+        gradients(model, batch("tiny-bert"))
+        found.append([(part.delta.A.detach(), part.delta.B.grad) for part in attachment.parts])
+        assert all((part.delta.A.grad is None) == freeze for part in attachment.parts)
+    for (a, db), (same_a, same_db) in zip(*found, strict=True):
+        assert torch.equal(a, same_a) and torch.equal(db, same_db) and db.abs().max() > 0
+
+
+def test_bytes_of_the_known_model_with_a_frozen():
+    """90.6 MiB: LoRA's without the six layers' inputs, which is less than training the biases keeps."""
+    config = BertConfig(
+        **dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1536),
+        **dict(vocab_size=30522, num_labels=2),
+    )
+    model = BertForSequenceClassification(config)
+    ids = torch.arange(16 * 64).reshape(16, 64) + 1
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(16) % 2}
+    kept = []
+    for freeze in (False, True):
+        attachment = gl.attach(model, gl.LoRA(r=8, freeze_A=freeze))
+        kept.append(costs.saved_bytes(model, inputs))
+        attachment.detach()
+    assert kept == [104_472_708, 104_472_708 - 6 * ids.numel() * 384 * 4]
+    assert round(kept[1] / 2**20, 1) == 90.6
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("bias") or "classifier" in name)
+    assert kept[1] < costs.saved_bytes(model, inputs) == 96_223_364
+
+
+CLOSED_FORMS = {
+    "lora-fa q, v": gl.LoRA(r=4, freeze_A=True),
+    "lora-fa all": gl.LoRA(r=2, targets="all", freeze_A=True),
+    "lora-fa on the last layer": gl.LoRA(r=3, targets="all", freeze_A=True).on(layers=-1),
+    **{f"lora-fa {role}": gl.LoRA(r=5, targets=role, freeze_A=True) for role in ("k", "o", "ffn")},
+    "lora-fa beside lora": gl.LoRA(r=2, freeze_A=True) + gl.LoRA(r=3, targets="v"),
+    "rslora all": gl.LoRA(r=4, targets="all", rank_stabilized=True),
+}
+
+
+@pytest.mark.parametrize("method", CLOSED_FORMS)
+@pytest.mark.parametrize("backbone", ["tiny-bert", "tiny-roberta"])
+def test_the_closed_form_is_the_measurement(backbone, method):
+    model = build(backbone, dtype=torch.float32)
+    gl.attach(model, CLOSED_FORMS[method])
+    for rows, length, padded in ((3, 9, True), (3, 9, False), (5, 17, True)):
+        measured = gl.measure(model, batch(backbone, padded=padded, rows=rows, length=length))
+        for figure in ("saved_bytes", "forward_flops", "backward_flops"):
+            assert getattr(measured.predicted, figure) == getattr(measured, figure) > 0, (figure, rows)
+
+
+@pytest.mark.parametrize("variant", ["rslora", "lora-fa"])
+@pytest.mark.parametrize("row", [ORACLES[1], ORACLES[2], ORACLES[5]], ids=lambda row: f"{row[0]}-{row[1]}")
+def test_no_more_than_peft_needs(row, variant):
+    backbone, targets, pattern, _ = row
+    model, inputs = build(backbone, dtype=torch.float32), batch(backbone)
+    attachment = gl.attach(model, gl.LoRA(r=3, alpha=8, targets=targets, **VARIANTS[variant]))
+    theirs, _ = peft_model(backbone, 3, 8, pattern, variant, torch.float32)
+    for name in attachment.anatomy.head():
+        theirs.get_parameter(f"base_model.model.{name}").requires_grad_(True)
+    trained = [sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (model, theirs)]
+    assert trained[0] == trained[1]
+    assert 0 < costs.saved_bytes(model, inputs) <= costs.saved_bytes(theirs, inputs)
+    for ours, other in zip(costs.flops(model, inputs), costs.flops(theirs, inputs), strict=True):
+        assert 0 < ours <= other
+
+
+# alpha and the learning rate
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "settings", "power"),
+    [(torch.optim.SGD, {}, 2), (torch.optim.Adam, {"eps": 1e-30}, 1)],
+    ids=["SGD", "Adam"],
+)
+@pytest.mark.parametrize("freeze", [False, True], ids=["lora", "lora-fa"])
+def test_a_larger_alpha_is_a_larger_learning_rate_of_b(optimizer, settings, power, freeze):
+    """alpha and B's rate trade exactly, by c^2 in SGD and by c in Adam; A's rate stays."""
+
+    def train(alpha, rate_of_b):
+        model = build("tiny-bert")
+        attachment = gl.attach(model, gl.LoRA(r=3, alpha=alpha, freeze_A=freeze))
+        rest = list(attachment.anatomy.head().values())
+        rest += [part.delta.A for part in attachment.parts if part.delta.A.requires_grad]
+        groups = [{"params": rest}]
+        groups += [{"params": [part.delta.B for part in attachment.parts], "lr": rate_of_b}]
+        stepper = optimizer(groups, lr=0.02, **settings)
+        for _ in range(4):
+            gradients(model, batch("tiny-bert"))
+            stepper.step()
+        return torch.stack([part.delta.delta().detach() for part in attachment.parts])
+
+    small, large = train(2, 0.02 * 3**power), train(6, 0.02)
+    assert (small - large).abs().max() < 1e-9 * small.abs().max()
+    assert not torch.allclose(small, train(2, 0.02), rtol=0.1)
+
+
+# beside a 16-bit base
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_beside_a_16_bit_base_no_32_bit_copy_of_an_input_is_kept(dtype):
+    """What LoRA keeps and LoRA-FA does not are the inputs, of two bytes a number and shared by q, k and v."""
+    inputs, kept = batch("tiny-bert"), []
+    for freeze in (False, True):
+        model = build("tiny-bert", dtype=dtype)
+        attachment = gl.attach(model, gl.LoRA(r=2, targets="all", freeze_A=freeze))
+        assert all(t.dtype == torch.float32 for n, t in attachment.state().items() if "guidelib" in n)
+        kept.append(costs.saved_bytes(model, inputs))
+    # attention's output is kept anyway; each layer's input, the network's and its activation are not
+    inputs_kept = 2 * inputs["input_ids"].numel() * (32 + 32 + 64)
+    # and B in 16 bits where no gradient goes on to x: the first layer's q, k and v
+    assert kept[0] - kept[1] == 2 * (inputs_kept + 3 * 32 * 2)
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float16, 11)])
+def test_a_16_bit_input_costs_no_more_than_its_own_rounding(dtype, bits):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.empty(48, 64, dtype=dtype)
+    x = torch.randn(200, 64, generator=generator).to(dtype).requires_grad_()
+    wish = torch.randn(200, 48, generator=generator)
+    delta = LowRank(weight, r=4, scale=2.0)
+    torch.nn.init.normal_(delta.B, std=0.1, generator=generator)
+    exact = copy.deepcopy(delta).double()
+    wide = x.detach().double().requires_grad_()
+    results = []
+    for module, given, like in ((delta, x, weight), (exact, wide, weight.double())):
+        y = module.adjust(given, given.new_zeros(200, 48), like, None)
+        assert y.dtype == given.dtype
+        (y * wish.to(y.dtype)).sum().backward()
+        assert module.A.grad.dtype == module.B.grad.dtype == module.A.dtype
+        results.append((y.detach(), given.grad, module.A.grad, module.B.grad))
+    for rounded, true in zip(*results, strict=True):
+        assert (rounded - true).norm() < 2 ** (1 - bits) * true.norm()
+
+
 REFUSED_VALUES = [
     (dict(r=0), "r must be a whole number of at least 1, got 0"),
     (dict(r=-2), "r must be a whole number of at least 1, got -2"),
@@ -339,6 +533,10 @@ REFUSED_VALUES = [
     (dict(dropout=-0.1), "dropout must be at least 0 and less than 1, got -0.1"),
     (dict(targets=5), "targets must be a role or several of them, got 5"),
     (dict(targets=None), "targets must be a role or several of them, got None"),
+    (dict(rank_stabilized=1), "rank_stabilized must be True or False, got 1"),
+    (dict(rank_stabilized="yes"), "rank_stabilized must be True or False, got 'yes'"),
+    (dict(freeze_A=None), "freeze_A must be True or False, got None"),
+    (dict(freeze_A=0), "freeze_A must be True or False, got 0"),
     (dict(dropout="none"), "dropout must be at least 0 and less than 1, got 'none'"),
 ]
 

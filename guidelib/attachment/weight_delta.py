@@ -26,6 +26,7 @@ class BranchCost:
     keeps_input: whether autograd keeps the layer's input for it.  kept: numbers kept besides.  forward,
     backward: floating-point operations of its products, the latter without the gradient of the input, which
     costs ``backward_input`` more where something below is trained.  ``_once``: per step, however many tokens.
+    kept_input_once: numbers kept for the gradient of the input alone.
     """
 
     keeps_input: bool
@@ -36,6 +37,7 @@ class BranchCost:
     kept_once: int = 0
     forward_once: int = 0
     backward_once: int = 0
+    kept_input_once: int = 0
 
 
 class Delta(nn.Module):
@@ -68,9 +70,11 @@ class Delta(nn.Module):
         raise NotImplementedError
 
     def adjust(
-        self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """Input x (..., d_in) and the base layer's output y = W x + b (..., d_out) -> y' = W' x + b'.
+
+        An additive update is not given W and b.
 
         The added parameters stay in 32 bits beside a 16-bit base, which would round small updates away.
         """
@@ -142,7 +146,8 @@ class DeltaPart(Part):
             self._handle = None
 
     def _hook(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        x, rows, base = args[0], self.site.rows, (self.site.weight, self.site.bias)
+        x, rows = args[0], self.site.rows
+        base = (None, None) if self.delta.additive else (self.site.weight, self.site.bias)
         if rows is None:
             return self.delta.adjust(x, output, *base)
         # one map of a fused projection: only its own outputs change

@@ -1,0 +1,276 @@
+"""FLoRA - one batch, and each example its own adapter.  Wen & Chaudhuri 2023, arXiv:2312.05677.
+
+    multiply ("fast LoRA"):  W_i = W * (B_i A_i)              y = sum_k b_ik * (W (a_ik * x)) + b
+    add ("batched LoRA"):    W_i = W + (alpha / r) B_i A_i    y = W x + b + (alpha / r) B_i (A_i x)
+
+A: (n, r, d_in), B: (n, d_out, r) for n adapters; i is the example's one, a_ik a row of A_i, b_ik a column of
+B_i, * element-wise.  Neither forms a weight per example.  Multiplying runs the base's product r times and
+nothing else; adding runs it once, and two thin products per example: fewer operations, of a kind that is slow
+on some hardware.  At the start W_i = W: B = 0 for add; for multiply a_i1 = b_i1 = 1 and further b_ik = 0 (our
+reading).  count = n r (d_in + d_out) per target.  The adapter in use merges if all examples share it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from guidelib.anatomy import Site, Targets
+from guidelib.attachment.weight_delta import BranchCost, Delta, DeltaPart, WeightDelta, added_dtype
+from guidelib.method import Attachment, attach, attached, expect, load
+from guidelib.reparametrization.lora import LoRA
+
+
+@dataclass(frozen=True)
+class FLoRA(WeightDelta):
+    """``tasks`` adapters of rank ``r`` at every target; ``using`` chooses one per example, the first acts by
+    itself.
+
+    form: "multiply" or "add".  alpha: the update of "add" is scaled by alpha / r, None means by 1; "multiply"
+    has no scale.  targets: roles (see anatomy.py).  The paper leaves the rank to the task; 4 is our choice.
+    """
+
+    r: int = 4
+    tasks: int = 2
+    form: str = "multiply"
+    alpha: float | None = None
+    targets: Targets = ("q", "v")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("r", "tasks"):
+            value = getattr(self, name)
+            expect(isinstance(value, int) and value >= 1, name, value, "a whole number of at least 1")
+        expect(self.form in ("multiply", "add"), "form", self.form, "'multiply' or 'add'")
+        if self.alpha is not None:
+            expect(self.form == "add", "alpha", self.alpha, "None for form='multiply', which has no scale")
+            number = isinstance(self.alpha, int | float)
+            expect(number and math.isfinite(self.alpha), "alpha", self.alpha, "a finite number or None")
+
+    def parts(self, anatomy, saved):
+        kind = FastPart if self.form == "multiply" else DeltaPart
+        return [kind(self, site, self.build(site)) for site in anatomy.linears(self.targets)]
+
+    def build(self, site: Site) -> PerExample:
+        smaller = min(site.shape)
+        expect(self.r <= smaller, "r", self.r, f"at most {smaller}, the smaller side of {site.name}")
+        if self.form == "multiply":
+            return Fast(site.weight, self.r, self.tasks)
+        return Batched(site.weight, self.r, self.tasks, 1.0 if self.alpha is None else self.alpha / self.r)
+
+
+class PerExample(Delta):
+    """The factors of all adapters of one weight, and which of them are in use.
+
+    ids: one adapter for the whole batch, or a tensor of one per example; then each may stand for
+    ``num_beams`` rows.
+    """
+
+    def __init__(self, weight: torch.Tensor, r: int, tasks: int):
+        super().__init__()
+        d_out, d_in = weight.shape
+        like = {"device": weight.device, "dtype": added_dtype(weight)}
+        self.A = nn.Parameter(torch.empty(tasks, r, d_in, **like))
+        self.B = nn.Parameter(torch.zeros(tasks, d_out, r, **like))
+        for a in self.A:  # each as LoRA's
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        self.ids: int | torch.Tensor = 0
+        self.num_beams = 1
+
+    def chosen(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (r, d_in) and B (d_out, r) for the whole batch, or one of each in front per row of x."""
+        if isinstance(self.ids, int):
+            return self.A[self.ids], self.B[self.ids]
+        rows, n = len(x), len(self.ids)
+        accepted = f"as many as the batch's {rows} rows, or rows / num_beams in beam search"
+        expect(
+            rows in (n, n * self.num_beams), "ids", f"{n} of them with num_beams={self.num_beams}", accepted
+        )
+        ids = self.ids.to(self.A.device).repeat_interleave(rows // n)
+        return self.A[ids], self.B[ids]
+
+    def product(self) -> torch.Tensor:
+        """B_i A_i (d_out, d_in) of the one adapter in use."""
+        expect(isinstance(self.ids, int), "ids", self.ids, "one adapter where a single weight is asked for")
+        return self.B[self.ids] @ self.A[self.ids]
+
+
+class Batched(PerExample):
+    """y + scale * B_i A_i x."""
+
+    def __init__(self, weight: torch.Tensor, r: int, tasks: int, scale: float):
+        super().__init__(weight, r, tasks)
+        self.scale = scale
+
+    def delta(self) -> torch.Tensor:
+        return self.scale * self.product()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.chosen(x)
+        if isinstance(self.ids, int):
+            return F.linear(F.linear(x, a) * self.scale, b)
+        rows = x.reshape(len(x), -1, x.shape[-1])  # (B, T, d_in)
+        return (rows @ a.mT * self.scale @ b.mT).view(*x.shape[:-1], -1)
+
+    def cost(self) -> BranchCost:
+        """Of one adapter for the whole batch: LoRA's."""
+        (_, r, d_in), d_out = self.A.shape, self.B.shape[1]
+        return BranchCost(
+            keeps_input=True,
+            kept=r,
+            forward=2 * r * (d_in + d_out),
+            backward=2 * r * (d_in + 2 * d_out),
+            backward_input=2 * r * d_in,
+        )
+
+
+class Fast(PerExample):
+    """sum_k b_ik * (W (a_ik * x)) + b."""
+
+    additive = False
+
+    def __init__(self, weight: torch.Tensor, r: int, tasks: int):
+        super().__init__(weight, r, tasks)
+        with torch.no_grad():
+            self.A[:, 0] = 1
+            self.B[:, :, 0] = 1
+
+    def effective(self, weight, bias):
+        return (weight * self.product()).to(weight.dtype), bias
+
+    def adjust(self, x, y, weight, bias):
+        """The layer's own output y is not needed."""
+        a, b = self.chosen(x)
+        per_row = () if isinstance(self.ids, int) else (len(x), *(1 for _ in x.shape[1:-1]))
+        total = None
+        for k in range(a.shape[-2]):
+            scaled = (x * a[..., k, :].view(*per_row, -1)).to(weight.dtype)
+            inner = F.linear(scaled, weight, bias if k == 0 else None)
+            dtype, outer, factor = inner.dtype, inner.to(b.dtype), b[..., k].view(*per_row, -1)
+            if k == 0 and bias is not None:
+                # bias + factor * (outer - bias), and to the bit the layer's own output where the factor is 1
+                outer = torch.lerp(bias.to(b.dtype), outer, factor)
+            else:
+                outer = outer * factor
+            total = outer if total is None else total + outer
+        return total.to(dtype)
+
+    def cost(self) -> BranchCost:
+        """Of one adapter for the whole batch.  The layer's own product is the first of the r."""
+        (_, r, d_in), d_out = self.A.shape, self.B.shape[1]
+        one = 2 * d_in * d_out
+        return BranchCost(
+            keeps_input=True,  # for the gradients of the a_k
+            kept=r * d_out,  # W (a_k * x), for those of the b_k
+            forward=(r - 1) * one,
+            backward=r * one,  # to the a_k, whether or not anything below is trained
+            backward_input=-one,
+        )
+
+
+class FastPart(DeltaPart):
+    """Fast in the place of its layer's own product.  One map of a fused layer stands beside that instead,
+    which costs one product more."""
+
+    def plug(self) -> None:
+        layer = self.site.module
+        if self.site.rows is not None:
+            return super().plug()
+        self._before = {name: value for name, value in vars(layer).items() if name == "forward"}
+        layer.forward = self._forward  # a bound method, which a deep copy binds to the copied part
+
+    def unplug(self) -> None:
+        super().unplug()
+        layer = self.site.module
+        if vars(layer).get("forward") == self._forward:
+            del layer.forward
+            vars(layer).update(self._before)
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer = self.site.module  # with gradient, in case its own weight or bias is trained, too
+        weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+        rows = slice(None) if self.site.rows is None else self.site.rows
+        return self.delta.adjust(x, None, weight[rows], None if layer.bias is None else layer.bias[rows])
+
+    def _hook(self, module, args, output):
+        rows = self.site.rows
+        return torch.cat(
+            (output[..., : rows.start], self._forward(args[0]), output[..., rows.stop :]), dim=-1
+        )
+
+
+@contextmanager
+def using(model: PreTrainedModel, ids: int | Sequence[int], *, num_beams: int = 1) -> Iterator[None]:
+    """Within the block, example i of each batch uses adapter ``ids[i]``; a single number is for all of them.
+
+    num_beams: in generation with beams, as many as ``generate`` is given; the beams of an example use its
+    adapter.  With gradient checkpointing the backward pass belongs into the block, too.
+
+    Raises ValueError if FLoRA is not attached, or is merged, or an id is not one of its adapters; and the
+    model does if a batch has another number of examples.
+    """
+    attachment = attached(model)
+    parts = [p for p in attachment.parts if isinstance(getattr(p, "delta", None), PerExample)]
+    expect(bool(parts), "model", f"one that carries {attachment.method!r}", "one with FLoRA attached")
+    expect(not attachment.merged, "model", "a merged one", "unmerged; call unmerge() first")
+    whole = isinstance(num_beams, int) and num_beams >= 1
+    expect(whole, "num_beams", num_beams, "a whole number of at least 1")
+    tasks = min(len(part.delta.A) for part in parts)
+    given, ids = ids, ids.tolist() if hasattr(ids, "tolist") else ids
+    single = isinstance(ids, int)
+    listed = [ids] if single else list(ids) if isinstance(ids, Sequence) else []
+    right = bool(listed) and all(type(i) is int and 0 <= i < tasks for i in listed)
+    expect(right, "ids", given, f"an adapter's number from 0 to {tasks - 1}, or one for each example")
+    before = [(p.delta.ids, p.delta.num_beams, p.mergeable, p.why_not) for p in parts]
+    for part in parts:
+        part.delta.ids, part.delta.num_beams = (ids if single else torch.tensor(listed)), num_beams
+        part.mergeable = single
+        part.why_not = "each example has its own adapter; choose one for all with using(model, id)"
+    try:
+        yield
+    finally:
+        for part, values in zip(parts, before, strict=True):
+            part.delta.ids, part.delta.num_beams, part.mergeable, part.why_not = values
+
+
+def load_loras(model: PreTrainedModel, paths: Sequence[str | os.PathLike]) -> Attachment:
+    """Attach one FLoRA(form="add") whose adapters are the saved LoRAs ``paths``, in their order.
+
+    Raises what ``load`` raises, and ValueError if a file holds something else than a LoRA of the first one's
+    rank, scale and targets, or a task head other than the first one's: a batch has one head.  The model is
+    then as it was.
+    """
+    expect(bool(paths) and not isinstance(paths, str), "paths", paths, "a list of one or more files")
+    first, states = None, []
+    for path in map(os.fspath, paths):
+        attachment = load(model, path)
+        try:
+            method = attachment.method
+            expect(type(method) is LoRA, "paths", f"{path} with {method!r}", "files of LoRA")
+            method = replace(method, dropout=0.0, freeze_A=False)  # they concern the training alone
+            first = first or method
+            expect(method == first, "paths", f"{path} with {method!r}", f"files like the first, {first!r}")
+            # as FLoRA's parts are called
+            states.append({n.replace("LoRA_", "FLoRA_", 1): t.clone() for n, t in attachment.state().items()})
+        finally:
+            attachment.detach()
+        heads = ([t for n, t in state.items() if ".delta." not in n] for state in (states[0], states[-1]))
+        same = all(mine.equal(other) for mine, other in zip(*heads, strict=True))
+        expect(same, "paths", f"{path} with another task head", "files with the same task head")
+    alpha = first.alpha * (math.sqrt(first.r) if first.rank_stabilized else 1)
+    method = FLoRA(first.r, len(states), "add", alpha, first.targets)
+    attachment = attach(model, method)
+    with torch.no_grad():
+        for name, tensor in attachment.state().items():
+            values = [state[name] for state in states]
+            tensor.copy_(torch.stack(values) if ".delta." in name else values[0])
+    return attachment
