@@ -10,6 +10,11 @@ import importlib
 __version__ = "0.1.0"
 
 _MODULES = {
+    "guidelib.additive.adapters.adamix": ("AdaMix",),
+    "guidelib.additive.adapters.bottleneck": ("Adapter", "ParallelAdapter", "PfeifferAdapter"),
+    "guidelib.additive.adapters.drop": ("AdapterDrop",),
+    "guidelib.additive.adapters.fusion": ("AdapterFusion",),
+    "guidelib.additive.adapters.linear": ("Dense",),
     "guidelib.backbones": ("load_backbone",),
     "guidelib.costs": ("Costs", "measure", "memory_plan"),
     "guidelib.environment": ("device", "require", "setup", "versions"),
@@ -34,6 +39,14 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 METHODS = {  # by the survey's classes; the anchors belong to none
     "anchors": ("FullFineTuning", "HeadOnly"),
+    "adapters": (
+        "Adapter",
+        "PfeifferAdapter",
+        "ParallelAdapter",
+        "AdapterFusion",
+        "AdapterDrop",
+        "AdaMix",
+    ),
     "reparametrization": (
         *("LoRA", "AdaLoRA", "DoRA", "GLoRA", "ReLoRA", "QLoRA", "FLoRA", "KronA", "IntrinsicSAID"),
     ),

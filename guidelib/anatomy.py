@@ -7,7 +7,7 @@ one that knows the names.  To support a further architecture, add a row to ``ARC
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -35,26 +35,41 @@ TARGET_NAMES = (
 HEADS = ("pre_classifier", "classifier", "score", "classification_head", "qa_outputs")
 
 
+Ends = dict[str, tuple[str, str | None]]
+
+
 @dataclass(frozen=True)
 class Stack:
     """One stack of blocks: where its list is, and where each role is inside a block.
 
     A path that a model does not have (the gate of an ungated feed-forward network, say) is simply not there.
     ``path[i/n]`` is the i-th of n equal parts of a fused projection's outputs.
+
+    ``ends`` gives each sub-layer's norm and the dropout that acts on its output before the residual is added:
+    a path, None where there is none, "" where the block calls it as a function.  ``pre_norm``: whether the
+    norm stands at the sub-layer's start instead of behind the residual sum.
     """
 
     blocks: str
     linears: dict[str, str]
     attention: dict[str, str]
+    ends: Ends = field(default_factory=dict)
+    pre_norm: bool = False
 
 
-def _stack(blocks: str, attention: dict[str, tuple[str, str, str, str, str]], ffn: dict[str, str]) -> Stack:
+def _stack(
+    blocks: str,
+    attention: dict[str, tuple[str, str, str, str, str]],
+    ffn: dict[str, str],
+    ends: Ends,
+    pre_norm: bool = False,
+) -> Stack:
     linears = {
         f"{kind}.{role}": f"{module}.{name}" if module else name
         for kind, (module, *names) in attention.items()
         for role, name in zip(ATTENTION_ROLES, names, strict=True)
     }
-    return Stack(blocks, linears | ffn, {kind: paths[0] for kind, paths in attention.items()})
+    return Stack(blocks, linears | ffn, {kind: paths[0] for kind, paths in attention.items()}, ends, pre_norm)
 
 
 _BERT = {
@@ -62,6 +77,10 @@ _BERT = {
         "encoder.layer",
         {"self": ("attention", "self.query", "self.key", "self.value", "output.dense")},
         {"ffn.in": "intermediate.dense", "ffn.out": "output.dense"},
+        {
+            "self": ("attention.output.LayerNorm", "attention.output.dropout"),
+            "ffn": ("output.LayerNorm", "output.dropout"),
+        },
     )
 }
 _DISTILBERT = {
@@ -69,6 +88,7 @@ _DISTILBERT = {
         "transformer.layer",
         {"self": ("attention", "q_lin", "k_lin", "v_lin", "out_lin")},
         {"ffn.in": "ffn.lin1", "ffn.out": "ffn.lin2"},
+        {"self": ("sa_layer_norm", None), "ffn": ("output_layer_norm", "ffn.dropout")},
     )
 }
 _GPT2 = {
@@ -76,6 +96,8 @@ _GPT2 = {
         "h",
         {"self": ("attn", "c_attn[0/3]", "c_attn[1/3]", "c_attn[2/3]", "c_proj")},
         {"ffn.in": "mlp.c_fc", "ffn.out": "mlp.c_proj"},
+        {"self": ("ln_1", "attn.resid_dropout"), "ffn": ("ln_2", "mlp.dropout")},
+        pre_norm=True,
     )
 }
 _LLAMA = {
@@ -83,6 +105,8 @@ _LLAMA = {
         "layers",
         {"self": ("self_attn", "q_proj", "k_proj", "v_proj", "o_proj")},
         {"ffn.in": "mlp.up_proj", "ffn.gate": "mlp.gate_proj", "ffn.out": "mlp.down_proj"},
+        {"self": ("input_layernorm", None), "ffn": ("post_attention_layernorm", None)},
+        pre_norm=True,
     )
 }
 
@@ -92,21 +116,31 @@ def _t5_ffn(layer: int) -> dict[str, str]:
     return {"ffn.in": f"{path}.wi|{path}.wi_1", "ffn.gate": f"{path}.wi_0", "ffn.out": f"{path}.wo"}
 
 
+def _t5_ends(*kinds: str) -> Ends:
+    return {kind: (f"layer.{i}.layer_norm", f"layer.{i}.dropout") for i, kind in enumerate(kinds)}
+
+
 _T5_SELF = {"self": ("layer.0.SelfAttention", "q", "k", "v", "o")}
+_T5_CROSS = {"cross": ("layer.1.EncDecAttention", "q", "k", "v", "o")}
 _T5 = {
-    "encoder": _stack("encoder.block", _T5_SELF, _t5_ffn(1)),
+    "encoder": _stack("encoder.block", _T5_SELF, _t5_ffn(1), _t5_ends("self", "ffn"), pre_norm=True),
     "decoder": _stack(
-        "decoder.block", _T5_SELF | {"cross": ("layer.1.EncDecAttention", "q", "k", "v", "o")}, _t5_ffn(2)
+        "decoder.block", _T5_SELF | _T5_CROSS, _t5_ffn(2), _t5_ends("self", "cross", "ffn"), pre_norm=True
     ),
 }
 _BART_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 _BART_FFN = {"ffn.in": "fc1", "ffn.out": "fc2"}
 _BART_SELF = {"self": ("self_attn", *_BART_PROJECTIONS)}
+_BART_CROSS = {"cross": ("encoder_attn", *_BART_PROJECTIONS)}
+_BART_ENDS = {"self": ("self_attn_layer_norm", ""), "ffn": ("final_layer_norm", "")}
+_BART_CROSS_ENDS = {  # in the order of the block
+    "self": _BART_ENDS["self"],
+    "cross": ("encoder_attn_layer_norm", ""),
+    "ffn": _BART_ENDS["ffn"],
+}
 _BART = {
-    "encoder": _stack("encoder.layers", _BART_SELF, _BART_FFN),
-    "decoder": _stack(
-        "decoder.layers", _BART_SELF | {"cross": ("encoder_attn", *_BART_PROJECTIONS)}, _BART_FFN
-    ),
+    "encoder": _stack("encoder.layers", _BART_SELF, _BART_FFN, _BART_ENDS),
+    "decoder": _stack("decoder.layers", _BART_SELF | _BART_CROSS, _BART_FFN, _BART_CROSS_ENDS),
 }
 
 ARCHITECTURES: dict[str, dict[str, Stack]] = {
@@ -115,7 +149,8 @@ ARCHITECTURES: dict[str, dict[str, Stack]] = {
     "gpt2": _GPT2,
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), _LLAMA),
     **dict.fromkeys(("t5", "mt5"), _T5),
-    **dict.fromkeys(("bart", "mbart"), _BART),
+    "bart": _BART,
+    "mbart": {name: replace(stack, pre_norm=True) for name, stack in _BART.items()},
 }
 
 
@@ -156,6 +191,42 @@ class Site:
     def shape(self) -> tuple[int, int]:
         """(d_out, d_in)."""
         return tuple(self.weight.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Sublayer:
+    """One sub-layer of a block, attention or feed-forward network, with the residual sum around it.
+
+    With x (..., d) its input on the residual stream, h (..., d) what it adds and D the residual dropout, a
+    post-norm block goes on with norm(x + D(h)), and a pre-norm one, where h is computed from norm(x), with
+    x + D(h).
+
+    role: "self", "cross" or "ffn".  source: the module whose first argument is x.  out: the linear map that
+    gives h.  dropout: D, None where it is not a module.  dropout_function: whether the block applies D as a
+    function.
+    """
+
+    stack: str
+    layer: int
+    role: str
+    source: nn.Module
+    out: Site
+    dropout: nn.Module | None
+    dropout_function: bool
+    norm: nn.Module
+    pre_norm: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.stack}.{self.layer}.{self.role}"
+
+    @property
+    def width(self) -> int:
+        """d."""
+        return self.out.shape[0]
+
+
+SUBLAYER_NAMES = ("self", "cross", "ffn", "attn")
 
 
 class Anatomy:
@@ -253,6 +324,28 @@ class Anatomy:
                 )
         return [site for site in sites if any(_matches(name, site.role) for name in names)]
 
+    def sublayers(self, names: Targets = ("attn", "ffn")) -> list[Sublayer]:
+        """The sub-layers that ``names`` lists, in order: ``self``, ``cross``, ``attn`` (both), ``ffn``.
+
+        Raises ValueError if a name is unknown, or known but not in this model.
+        """
+        names = (names,) if isinstance(names, str) else tuple(names)
+        if not names:
+            raise ValueError(f"sublayers is empty; give one or more of {', '.join(SUBLAYER_NAMES)}")
+        unknown = [name for name in names if name not in SUBLAYER_NAMES]
+        if unknown:
+            raise ValueError(f"sublayers: unknown {unknown[0]!r}; accepted are {', '.join(SUBLAYER_NAMES)}")
+        found = [
+            _sublayer(name, layer, role, block, self.stacks[name])
+            for name, layer, block in self.blocks()
+            for role in self.stacks[name].ends
+        ]
+        for name in names:
+            if not any(_stands_for(name, sublayer.role) for sublayer in found):
+                present = ", ".join(sorted({sublayer.role for sublayer in found})) or "none that are known"
+                raise ValueError(f"sublayers: {name!r} is not in this {self.kind} model; it has {present}")
+        return [each for each in found if any(_stands_for(name, each.role) for name in names)]
+
     def attentions(self) -> Iterator[tuple[str, int, str, nn.Module]]:
         """(stack, layer, "self" or "cross", attention module) in order, within the restriction."""
         for name, layer, block in self.blocks():
@@ -327,3 +420,25 @@ def _sites(block: nn.Module, stack: Stack) -> Iterator[Site]:
             size = module.nf // parts
             rows = slice(index * size, (index + 1) * size)
         yield Site("", 0, role, module, rows)
+
+
+def _stands_for(name: str, role: str) -> bool:
+    return name == role or (name == "attn" and role != "ffn")
+
+
+def _sublayer(stack: str, layer: int, role: str, block: nn.Module, places: Stack) -> Sublayer:
+    first, last = ("ffn.in", "ffn.out") if role == "ffn" else (f"{role}.q", f"{role}.o")
+    norm, dropout = places.ends[role]
+    sites = {site.role: replace(site, stack=stack, layer=layer) for site in _sites(block, places)}
+    norm = block.get_submodule(norm)
+    return Sublayer(
+        stack=stack,
+        layer=layer,
+        role=role,
+        source=norm if places.pre_norm else sites[first].module,
+        out=sites[last],
+        dropout=block.get_submodule(dropout) if dropout else None,
+        dropout_function=dropout == "",
+        norm=norm,
+        pre_norm=places.pre_norm,
+    )

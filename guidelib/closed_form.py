@@ -20,7 +20,8 @@ import torch
 from transformers import PreTrainedModel
 
 from guidelib.anatomy import ADDED, Anatomy, Site
-from guidelib.attachment.weight_delta import DeltaPart
+from guidelib.attachment.sublayer import SublayerPart
+from guidelib.attachment.weight_delta import BranchCost, DeltaPart
 
 COVERED = ("bert", "roberta", "xlm-roberta", "camembert")
 
@@ -40,8 +41,8 @@ def predict(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> Predic
     """The prediction for one step of ``model`` on ``batch``, or None for a model without a closed form.
 
     Covered are BERT-like encoders with a mean-pool head in 32 or 64 bits, with fused (sdpa) attention for the
-    bytes, without dropout and gradient checkpointing, and methods made of in-place selection and weight
-    deltas.
+    bytes, without dropout and gradient checkpointing, and methods made of in-place selection, weight
+    deltas and adapters.
     """
     anatomy = Anatomy(model)
     added = getattr(model, ADDED, {}).values()
@@ -53,7 +54,7 @@ def predict(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> Predic
         or any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         # set with gradient checkpointing and left by transformers when that is switched off again
         or getattr(model, "_require_grads_hooks", None)
-        or not all(isinstance(part, DeltaPart) for part in added)
+        or not all(isinstance(part, DeltaPart) or _adapter_cost(part) for part in added)
     ):
         return None
     return _Step(model, anatomy, batch).run()
@@ -78,10 +79,13 @@ class _Step:
         self.padded = mask is not None and not bool(mask.all())
         self.merged = getattr(getattr(self.model, ADDED, None), "attachment", None)
         self.merged = self.merged is not None and self.merged.merged
-        self.deltas = {}
+        self.deltas, self.adapters = {}, {}
         if not self.merged:
             for part in getattr(self.model, ADDED, {}).values():
-                self.deltas.setdefault(part.site.name, []).append((part.name, part.delta))
+                if isinstance(part, SublayerPart):
+                    self.adapters.setdefault(part.sublayer.name, []).append(part)
+                else:
+                    self.deltas.setdefault(part.site.name, []).append((part.name, part.delta))
 
         live, name = self.embedding(), "embedding"
         for _, layer, block in self.anatomy.blocks():
@@ -138,6 +142,7 @@ class _Step:
 
     def block(self, layer: int, block, sites: dict[str, Site], live: bool, name: str) -> tuple[bool, str]:
         attention, feedforward = f"{layer}.attention", f"{layer}.ffn"
+        into, stream = live, name
         flowing = {role: self.linear(sites[f"self.{role}"], live, name) for role in "qkv"}
         scores = 2 * self.rows * self.length**2 * self.width  # of one of the two products
         self.forward += 2 * scores
@@ -152,14 +157,38 @@ class _Step:
             self.keep(f"{attention} log-sum-exp", self.tokens * self.heads)
             if self.padded:
                 self.keep(f"{attention} mask", self.rows * self.length**2)
-        live = self.linear(sites["self.o"], mixed, f"{attention} output") or live
-        live = self.norm(f"{attention} norm", block.attention.output.LayerNorm, live)
+        live = self.linear(sites["self.o"], mixed, f"{attention} output")
+        live = self.hooks(f"encoder.{layer}.self", block.attention.output.LayerNorm, live, into, stream)
+        live = self.norm(f"{attention} norm", block.attention.output.LayerNorm, live or into)
+        into = live
         inner = self.linear(sites["ffn.in"], live, f"{feedforward} input")
         if inner:
             self.keep(f"{feedforward} activation input", self.tokens * sites["ffn.in"].shape[0])
-        live = self.linear(sites["ffn.out"], inner, f"{feedforward} activation") or live
-        live = self.norm(f"{feedforward} norm", block.output.LayerNorm, live)
+        live = self.linear(sites["ffn.out"], inner, f"{feedforward} activation")
+        live = self.hooks(f"encoder.{layer}.ffn", block.output.LayerNorm, live, into, f"{feedforward} input")
+        live = self.norm(f"{feedforward} norm", block.output.LayerNorm, live or into)
         return live, f"{layer} output"
+
+    def hooks(self, place: str, norm: torch.nn.LayerNorm, live: bool, into: bool, stream: str) -> bool:
+        """What is added to the output h of a sub-layer with input x; is the new output live?
+
+        ``live`` says it of h and ``into`` of x, which is called ``stream``.
+        """
+        for part in self.adapters.get(place, ()):
+            cost = _adapter_cost(part)
+            read, read_live = f"{part.name} input", live
+            if part.reads == "input":
+                read, read_live = stream, into
+            elif part.reads == "normed":
+                read_live = self.norm(f"{part.name} norm", norm, live or into)
+            self.forward += self.tokens * cost.forward + cost.forward_once
+            self.backward += self.tokens * (cost.backward + read_live * cost.backward_input)
+            self.backward += cost.backward_once
+            if cost.keeps_input:
+                self.keep(read, self.tokens * self.width)
+            self.keep(part.name, self.tokens * cost.kept + cost.kept_once)
+            live = True
+        return live
 
     def head(self, live: bool) -> None:
         """Mean over the unmasked tokens, a linear map and the cross-entropy."""
@@ -177,3 +206,11 @@ class _Step:
 
 def _trained(parameter: torch.nn.Parameter) -> bool:
     return parameter.requires_grad
+
+
+def _adapter_cost(part: torch.nn.Module) -> BranchCost | None:
+    """What an adapter costs per token, or None where there is no closed form."""
+    try:
+        return part.module.cost() if isinstance(part, SublayerPart) else None
+    except (AttributeError, NotImplementedError):
+        return None

@@ -207,7 +207,7 @@ def _step(model: PreTrainedModel, *, dropout: bool = False) -> Iterator[None]:
                     switched_off.append((module, name, getattr(module, name)))
                     setattr(module, name, 0.0)
     try:
-        with torch.random.fork_rng(devices=[]) if dropout else nullcontext():
+        with torch.random.fork_rng(devices=[]):  # a method may draw at random without dropout, too
             yield
     finally:
         for module, name, value in switched_off:

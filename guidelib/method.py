@@ -75,7 +75,7 @@ def _plain(value: Any) -> Any:
 class Method(Spec):
     """Hyper-parameters of a method, and what it does with a model.
 
-    ``parts`` says what is added and where; ``select`` which base parameters are trained in place.  The four
+    ``parts`` says what is added and where; ``select`` which base parameters are trained in place.  The five
     phase functions are called by ``fit``; most methods need none of them.
     """
 
@@ -100,6 +100,12 @@ class Method(Spec):
 
     def regularizer(self, attachment: Attachment) -> torch.Tensor | None:
         """A scalar to add to every step's loss, or None."""
+        return None
+
+    def batch_loss(
+        self, attachment: Attachment, batch: Mapping[str, torch.Tensor], outputs: Any
+    ) -> torch.Tensor | None:
+        """A scalar to add to the loss of one batch, or None; ``outputs`` is what the model gave for it."""
         return None
 
     def after_step(
@@ -154,6 +160,11 @@ class Sum(Method):
         terms = [term for method in self.methods if (term := method.regularizer(attachment)) is not None]
         return sum(terms) if terms else None
 
+    def batch_loss(self, attachment, batch, outputs):
+        terms = [method.batch_loss(attachment, batch, outputs) for method in self.methods]
+        terms = [term for term in terms if term is not None]
+        return sum(terms) if terms else None
+
     def after_step(self, attachment, step, total, optimizer):
         for method in self.methods:
             method.after_step(attachment, step, total, optimizer)
@@ -167,10 +178,34 @@ class Sum(Method):
 
 
 @dataclass(frozen=True)
-class On(Method):
-    """A method on a part of the model."""
+class Wrapper(Method):
+    """A method around another one, whose phases it passes on."""
 
     method: Method
+
+    def prepare(self, attachment, batches):
+        self.method.prepare(attachment, batches)
+
+    def regularizer(self, attachment):
+        return self.method.regularizer(attachment)
+
+    def batch_loss(self, attachment, batch, outputs):
+        return self.method.batch_loss(attachment, batch, outputs)
+
+    def after_step(self, attachment, step, total, optimizer):
+        self.method.after_step(attachment, step, total, optimizer)
+
+    def lr_factor(self, step, total):
+        return self.method.lr_factor(step, total)
+
+    def finish(self, attachment):
+        self.method.finish(attachment)
+
+
+@dataclass(frozen=True)
+class On(Wrapper):
+    """A method on a part of the model."""
+
     layers: tuple[int, ...] | None = None
     stack: str | None = None
 
@@ -182,21 +217,6 @@ class On(Method):
 
     def rewrites(self, anatomy):
         return self.method.rewrites(anatomy.restrict(self.layers, self.stack))
-
-    def prepare(self, attachment, batches):
-        self.method.prepare(attachment, batches)
-
-    def regularizer(self, attachment):
-        return self.method.regularizer(attachment)
-
-    def after_step(self, attachment, step, total, optimizer):
-        self.method.after_step(attachment, step, total, optimizer)
-
-    def lr_factor(self, step, total):
-        return self.method.lr_factor(step, total)
-
-    def finish(self, attachment):
-        self.method.finish(attachment)
 
 
 @dataclass(frozen=True)
@@ -460,27 +480,7 @@ def load(model: PreTrainedModel, path: str | os.PathLike, *, any_weights: bool =
     was.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"path: there is no file {str(path)!r}")
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        method, base = json.loads(metadata.get("method", "0")), json.loads(metadata.get("base", "0"))
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"path: {path.name!r} is damaged or no safetensors file ({error})") from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"path: {path.name!r} was not saved by guidelib (format {metadata.get('format')!r})")
-    mine = _fingerprint(Anatomy(model))
-    if not isinstance(base, dict) or base.keys() != mine.keys():
-        raise ValueError(f"path: {path.name!r} is damaged: it does not say which backbone it belongs to")
-    for key, meaning in (("model_type", "architecture"), ("shapes", "shapes"), ("weights", "weights")):
-        if mine[key] != base[key] and not (key == "weights" and any_weights):
-            advice = "; any_weights=True loads it all the same" if key == "weights" else ""
-            raise ValueError(
-                f"path: {path.name!r} belongs to another backbone: its {meaning} {base[key]!r} differ from "
-                f"this model's {mine[key]!r}{advice}"
-            )
+    method, tensors = read(Anatomy(model), path, any_weights=any_weights)
     gradients = {name: p.grad for name, p in model.named_parameters()}
     try:
         attachment = _attach(model, Spec.from_json(method), seed=0, saved=tensors)
@@ -500,6 +500,38 @@ def load(model: PreTrainedModel, path: str | os.PathLike, *, any_weights: bool =
         for name, tensor in state.items():
             tensor.copy_(tensors[name])
     return attachment
+
+
+def read(
+    anatomy: Anatomy, path: str | os.PathLike, *, any_weights: bool = False
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The method, as JSON, and the tensors of a file that belongs to the model of ``anatomy``.
+
+    Raises as ``load`` does.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path: there is no file {str(path)!r}")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        method, base = json.loads(metadata.get("method", "0")), json.loads(metadata.get("base", "0"))
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"path: {path.name!r} is damaged or no safetensors file ({error})") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"path: {path.name!r} was not saved by guidelib (format {metadata.get('format')!r})")
+    mine = _fingerprint(anatomy)
+    if not isinstance(base, dict) or base.keys() != mine.keys():
+        raise ValueError(f"path: {path.name!r} is damaged: it does not say which backbone it belongs to")
+    for key, meaning in (("model_type", "architecture"), ("shapes", "shapes"), ("weights", "weights")):
+        if mine[key] != base[key] and not (key == "weights" and any_weights):
+            advice = "; any_weights=True loads it all the same" if key == "weights" else ""
+            raise ValueError(
+                f"path: {path.name!r} belongs to another backbone: its {meaning} {base[key]!r} differ from "
+                f"this model's {mine[key]!r}{advice}"
+            )
+    return method, tensors
 
 
 def _same_shape(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

@@ -228,8 +228,9 @@ class _Trainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         with recompute.keep_less() if self.keep_less else nullcontext():
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        penalty = self.attachment.method.regularizer(self.attachment)
-        loss = loss if penalty is None else loss + penalty
+            method = self.attachment.method
+            terms = method.regularizer(self.attachment), method.batch_loss(self.attachment, inputs, outputs)
+        loss = loss + sum(term for term in terms if term is not None)
         self.losses.append(float(loss.detach()))
         if not math.isfinite(self.losses[-1]):
             raise FloatingPointError(

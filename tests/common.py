@@ -39,6 +39,13 @@ def key_bias(name: str) -> bool:
     return name.endswith(("key.bias", "k_lin.bias", "k_proj.bias"))
 
 
+def fusion_key_bias(name: str) -> bool:
+    """It adds the same number to the scores of all adapters."""
+    return key_bias(name) or name.endswith("K.bias")
+
+
+SMALL = gl.PfeifferAdapter(r=4)
+NO_NORM_BEHIND = {name: "no norm behind" for name in (*DECODERS, "tiny-t5-random", "tiny-t5v1-random")}
 NO_HEAD = {name: "no task head" for name in DECODERS + SEQ2SEQ}
 METHOD_CASES = {
     "full": Case(gl.FullFineTuning(), silent=key_bias),
@@ -68,6 +75,19 @@ METHOD_CASES = {
     ),
     "glora-mergeable": Case(gl.GLoRA(r=2, A="scalar", C="none", D="none", E="none", targets=("v", "ffn"))),
     "did": Case(gl.IntrinsicSAID(d=64, scales=False)),
+    "adapter": Case(gl.Adapter(r=4), "near", 1e-3),
+    "adapter-everywhere": Case(
+        gl.Adapter(r=3, sublayers=("attn", "ffn"), point="before dropout"), "near", 1e-3
+    ),
+    "pfeiffer": Case(SMALL, "near", 0.3),
+    "pfeiffer-norm": Case(gl.PfeifferAdapter(r=4, original_norm=True), "near", 0.05, NO_NORM_BEHIND),
+    "parallel": Case(gl.ParallelAdapter(r=4)),
+    "parallel-everywhere": Case(gl.ParallelAdapter(r=3, sublayers=("attn", "ffn"), scale="learned")),
+    "adapter-fusion": Case(gl.AdapterFusion(2, SMALL), "near", 0.3, silent=fusion_key_bias),
+    "adapter-drop": Case(gl.AdapterDrop(SMALL, 1), "near", 0.3),
+    "adapter-drop-random": Case(gl.AdapterDrop(SMALL, 1, random=True), "near", 0.3),
+    "adamix": Case(gl.AdaMix(r=4, experts=3), "near", 1e-3),
+    "adapter-lora": Case(gl.Adapter(r=3) + gl.LoRA(r=2, targets=("q", "ffn.out")), "near", 1e-3),
 }
 
 

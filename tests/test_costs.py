@@ -26,6 +26,17 @@ METHODS = {
     "sum": gl.LoRA(r=2, targets="k").on(layers=0) + gl.LoRA(r=3, targets=("k", "ffn")),
     "sum on one weight": gl.LoRA(r=2) + gl.LoRA(r=3),
     "sum with full": gl.LoRA(r=2) + gl.FullFineTuning(),
+    "adapter": gl.Adapter(r=4),
+    "adapter behind attention": gl.Adapter(r=4, sublayers="self", activation="relu", norms=False),
+    "adapter before dropout": gl.Adapter(r=3, activation="identity", point="before dropout"),
+    "adapter with the norm": gl.PfeifferAdapter(r=4, original_norm=True),
+    "adapter with the norm on the first layer": gl.PfeifferAdapter(r=4, original_norm=True).on(layers=0),
+    "parallel": gl.ParallelAdapter(r=4),
+    "parallel to both": gl.ParallelAdapter(r=4, sublayers=("self", "ffn"), scale="learned"),
+    "adapter drop": gl.AdapterDrop(gl.Adapter(r=3, activation="silu"), drop=1),
+    "adamix": gl.AdaMix(r=4),
+    "adapters at one place": gl.Adapter(r=3) + gl.ParallelAdapter(r=2) + gl.PfeifferAdapter(r=2),
+    "adapter and lora": gl.ParallelAdapter(r=3, sublayers="self") + gl.LoRA(r=2, targets="all"),
 }
 SHAPES = ((3, 9), (5, 17))
 
@@ -175,6 +186,16 @@ def test_no_more_than_peft_needs(backbone, targets, pattern):
         assert 0 < ours <= other
 
 
+@pytest.mark.parametrize(
+    "method", [gl.AdapterFusion(2, gl.PfeifferAdapter(r=4)), gl.AdapterDrop(drop=1, random=True)]
+)
+def test_what_has_no_closed_form_is_measured_alone(method):
+    model = build("tiny-bert", dtype=torch.float32)
+    gl.attach(model, method)
+    costs = gl.measure(model, batch("tiny-bert"))
+    assert costs.predicted is None and costs.saved_bytes > 0
+
+
 # the measurement itself
 
 
@@ -182,7 +203,7 @@ def test_no_more_than_peft_needs(backbone, targets, pattern):
 @pytest.mark.parametrize("dropout", [False, True])
 def test_measuring_leaves_no_trace(backbone, dropout):
     model, inputs = build(backbone, dtype=torch.float32), batch(backbone)
-    gl.attach(model, gl.LoRA(r=2, dropout=0.25))
+    gl.attach(model, gl.LoRA(r=2, dropout=0.25) + gl.AdaMix(r=2))
     model(**inputs).loss.backward()
     model.train()
     torch.manual_seed(4)

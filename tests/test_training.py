@@ -178,6 +178,7 @@ class Recorder(Method):
 
     name: str = "one"
     penalty: float | None = None
+    extra: float | None = None
 
     def parts(self, anatomy, saved):
         return []
@@ -188,6 +189,10 @@ class Recorder(Method):
     def regularizer(self, attachment):
         CALLS.append((self.name, "regularizer", attachment))
         return None if self.penalty is None else torch.tensor(self.penalty)
+
+    def batch_loss(self, attachment, batch, outputs):
+        CALLS.append((self.name, "batch_loss", attachment, batch, outputs))
+        return None if self.extra is None else torch.tensor(self.extra)
 
     def after_step(self, attachment, step, total, optimizer):
         assert optimizer.param_groups
@@ -202,7 +207,11 @@ def test_the_phases_are_called_in_order_with_what_they_need():
     CALLS.clear()
     model = attached(Recorder())
     gl.fit(model, TASK, TOKENIZER, **QUICK | dict(epochs=0.5))
-    assert [call[1] for call in CALLS] == ["prepare", *("regularizer", "after_step") * 2, "finish"]
+    assert [call[1] for call in CALLS] == [
+        "prepare",
+        *("regularizer", "batch_loss", "after_step") * 2,
+        "finish",
+    ]
     assert all(call[2] is gl.attached(model) and isinstance(call[2], Attachment) for call in CALLS)
     assert [call[3:] for call in CALLS if call[1] == "after_step"] == [(1, 2, True), (2, 2, True)]
     batches = CALLS[0][3]
@@ -225,12 +234,23 @@ def test_a_method_can_change_the_learning_rate(monkeypatch):
     assert any(not torch.equal(two[name], p) for name, p in model.named_parameters())
 
 
-def test_a_regularizer_enters_the_loss():
-    plain, with_penalty = (
-        gl.fit(attached(Recorder(penalty=penalty)), TASK, TOKENIZER, **QUICK).losses
-        for penalty in (None, 5.0)
+def test_a_batch_loss_gets_the_batch_and_what_the_model_made_of_it():
+    CALLS.clear()
+    model = attached(Recorder())
+    gl.fit(model, TASK, TOKENIZER, **QUICK | dict(epochs=0.5))
+    calls = [call[3:] for call in CALLS if call[1] == "batch_loss"]
+    assert len(calls) == 2
+    for inputs, outputs in calls:
+        assert {"input_ids", "attention_mask", "labels"} <= inputs.keys()
+        assert outputs.logits.shape == (16, 2) and outputs.logits.requires_grad
+
+
+@pytest.mark.parametrize("term", [dict(penalty=5.0), dict(extra=5.0), dict(penalty=2.0, extra=3.0)])
+def test_a_regularizer_and_a_batch_loss_enter_the_loss(term):
+    plain, with_term = (
+        gl.fit(attached(Recorder(**arguments)), TASK, TOKENIZER, **QUICK).losses for arguments in ({}, term)
     )
-    assert with_penalty == pytest.approx([loss + 5 for loss in plain], abs=1e-5)
+    assert with_term == pytest.approx([loss + 5 for loss in plain], abs=1e-5)
 
 
 @dataclass(frozen=True)
@@ -257,7 +277,8 @@ def test_a_regularizers_gradient_reaches_the_weights():
 @pytest.mark.parametrize(
     ("method", "names"),
     [
-        (Recorder("one", 1.0) + Recorder("two", 2.0), ["one", "two"]),
+        (Recorder("one", 1.0) + Recorder("two", extra=2.0), ["one", "two"]),
+        (gl.AdapterDrop(Recorder("one", 1.0, 2.0), drop=1), ["one"]),
         (gl.LoRA(r=2) + Recorder("two", 3.0), ["two"]),
         (Recorder("one", 3.0).on(layers=0), ["one"]),
     ],
@@ -268,7 +289,7 @@ def test_sums_and_restrictions_pass_the_phases_on(method, names):
     CALLS.clear()
     model = attached(method)
     losses = gl.fit(model, TASK, TOKENIZER, **QUICK | dict(epochs=0.25)).losses
-    phases = ("prepare", "regularizer", "after_step", "finish")
+    phases = ("prepare", "regularizer", "batch_loss", "after_step", "finish")
     assert [call[:2] for call in CALLS if call[1] != "prepare"] == [(n, p) for p in phases[1:] for n in names]
     assert losses == pytest.approx([plain[0] + 3], abs=1e-5)
     # each gets the batches in full, one after the other

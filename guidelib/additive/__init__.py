@@ -1,0 +1,1 @@
+"""Additive methods: new parameters beside the frozen model (survey, section 3.1)."""

@@ -1,0 +1,138 @@
+"""SublayerHook - a method that adds g(.) to what a sub-layer adds to the residual stream.
+
+Let x be a sub-layer's input on the residual stream, h its output and D the residual dropout, so that the
+block goes on with x + D(h).  A hook makes this x + D(h) + g(.), where g reads one of three things:
+
+    "output"   D(h)                  in sequence: Houlsby's and Pfeiffer's adapters
+    "input"    x                     in parallel.  In pre-norm models x is the stream before the norm
+    "normed"   norm(x + D(h))        in sequence, behind the block's own norm (post-norm models only)
+
+At the point "before dropout" the same happens to h itself: D(h + g(.)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from guidelib.anatomy import Anatomy, Sublayer
+from guidelib.attachment.part import Part
+from guidelib.method import Method, expect
+
+POINTS = ("after dropout", "before dropout")
+
+
+@dataclass(frozen=True)
+class SublayerHook(Method):
+    """Base of the methods that act on the output of sub-layers: they cost something at inference.
+
+    A subclass has the fields ``sublayers`` (see `Anatomy.sublayers`) and ``point``, says in ``reads`` what
+    its modules get, and fills in ``build``; one whose modules share parameters overrides ``build_all``.
+    """
+
+    reads: ClassVar[str] = "output"
+
+    def __post_init__(self):
+        names = self.sublayers
+        expect(isinstance(names, Iterable), "sublayers", names, "a name or several of them")
+        object.__setattr__(self, "sublayers", (names,) if isinstance(names, str) else tuple(names))
+        expect(self.point in POINTS, "point", self.point, f"one of {', '.join(POINTS)}")
+
+    def build(self, sublayer: Sublayer) -> nn.Module:
+        """A module that maps (..., d) to (..., d): what is added."""
+        raise NotImplementedError
+
+    def build_all(self, sublayers: list[Sublayer], saved: Mapping[str, torch.Tensor]) -> list[nn.Module]:
+        return [self.build(sublayer) for sublayer in sublayers]
+
+    def parts(self, anatomy: Anatomy, saved: Mapping[str, torch.Tensor]) -> list[Part]:
+        sublayers = anatomy.sublayers(self.sublayers)
+        return [
+            SublayerPart(self, sublayer, module)
+            for sublayer, module in zip(sublayers, self.build_all(sublayers, saved), strict=True)
+        ]
+
+
+def part_name(method: Method, sublayer: Sublayer) -> str:
+    return f"{type(method).__name__}_{sublayer.name.replace('.', '_')}"
+
+
+class SublayerPart(Part):
+    """One module at one sub-layer, as hooks: the model's own modules and keys stay what they were."""
+
+    why_not = "it acts on activations, between the base model's layers"
+
+    def __init__(self, method: Method, sublayer: Sublayer, module: nn.Module):
+        super().__init__()
+        name, reads, point = part_name(method, sublayer), method.reads, method.point
+        if reads == "normed" and sublayer.pre_norm:
+            raise ValueError(
+                f"{name}: there is no norm behind {sublayer.name} in this model, whose norms stand before "
+                "the sub-layers; use the plain form"
+            )
+        if point == "after dropout" and sublayer.dropout_function and sublayer.pre_norm:
+            raise ValueError(
+                f"{name}: the dropout behind {sublayer.name} is out of reach in this model; use point="
+                '"before dropout"'
+            )
+        self.name, self.method, self.module, self.reads, self.point = name, method, module, reads, point
+        self.skipped = False  # in training: AdapterDrop leaves parts out of a forward pass
+        # in a tuple, so that the backbone's layers are not registered as children of this module
+        self._sublayer = (sublayer,)
+        self._handles: list[Any] = []
+        self._x: torch.Tensor | None = None
+
+    @property
+    def sublayer(self) -> Sublayer:
+        return self._sublayer[0]
+
+    @property
+    def _acts(self) -> bool:
+        return not (self.skipped and self.training)
+
+    def plug(self) -> None:
+        at, before = self.sublayer, self.point == "before dropout"
+        behind_sum = at.dropout_function and not before  # BART's dropout is no module: see _behind_sum
+        if behind_sum or self.reads != "output":
+            self._handles.append(at.source.register_forward_pre_hook(self._remember))
+        if behind_sum:
+            self._handles.append(at.norm.register_forward_pre_hook(self._behind_sum))
+        else:
+            last = at.out.module if before or at.dropout is None else at.dropout
+            self._handles.append(last.register_forward_hook(self._behind))
+
+    def unplug(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        self._x = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_x": None}  # a copy of the part does not take an activation along
+
+    def _remember(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self._x = args[0]
+
+    def _behind(self, module: nn.Module, args: tuple[torch.Tensor, ...], h: torch.Tensor) -> torch.Tensor:
+        x, self._x = self._x, None
+        return h + self._change(x, h) if self._acts else h
+
+    def _behind_sum(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The norm's input is x + D(h), from which D(h) is found by subtraction, up to rounding."""
+        (total, *rest), x, self._x = args, self._x, None
+        return (total + self._change(x, total - x) if self._acts else total, *rest)
+
+    def _change(self, x: torch.Tensor | None, h: torch.Tensor) -> torch.Tensor:
+        if self.reads == "output":
+            read = h
+        elif self.reads == "input":
+            read = x
+        else:  # forward, not a call: a call would run the hooks of the norm
+            read = self.sublayer.norm.forward(x + h)
+        # the added parameters stay in 32 bits beside a 16-bit base, which would round small updates away
+        dtype = next(self.module.parameters()).dtype
+        inner = read if torch.is_autocast_enabled(read.device.type) else read.to(dtype)
+        return self.module(inner).to(read.dtype)
