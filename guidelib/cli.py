@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-TOKENS = 7e6  # what tiny-t5 was trained on
+TOKENS = 16e6  # what tiny-t5 was trained on
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 

@@ -12,7 +12,7 @@ import guidelib as gl
 from guidelib import checkpoints
 from guidelib.checkpoints import TINY_T5_SHA256, tiny_t5_folder
 from guidelib.experiments import load_results, summary
-from guidelib.pretraining.card import main, model_card
+from guidelib.pretraining.card import CURVE, main, model_card
 from guidelib.pretraining.train import MASK, Text, held_out_losses
 from guidelib.text2text import generate
 
@@ -144,6 +144,7 @@ def test_page_shows_the_computed_card(tmp_path):
     copy.write_text(page.replace("4,096", "99"), encoding="utf-8")
     main(str(copy))
     assert copy.read_text(encoding="utf-8") == page
+    assert copy.with_name(CURVE).read_bytes() == PAGE.with_name(CURVE).read_bytes()
     copy.write_text("# A page\n", encoding="utf-8")
     with pytest.raises(ValueError, match="cannot be put there"):
         main(str(copy))

@@ -1,6 +1,7 @@
 """The card of ``tiny-t5``, from the facts that its training stored and the comparisons that were run with it.
 
-``python -m guidelib.pretraining.card book/tiny-t5.md`` writes it into that page.
+``python -m guidelib.pretraining.card book/tiny-t5.md`` writes it into that page, and the curve of its losses
+beside the page.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ import statistics
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+
+from guidelib import viz
 from guidelib.checkpoints import tiny_t5_folder
 from guidelib.experiments import RESULTS, best_rate
 from guidelib.pretraining.corpus import AUSTEN, KJV, WEB, WORDNET
 
+CURVE = "tiny-t5-losses.svg"
 START, END = "<!-- card: tiny-t5 -->\n", "\n<!-- end of card: tiny-t5 -->"
 LOSSES = {
     "copy": "the text itself",
@@ -28,6 +33,7 @@ TITLES = {
     "glosses": ("WordNet's glosses", WORDNET, "(left out)"),
     "austen": ("Jane Austen's six novels", AUSTEN, "(left out)"),
 }
+CURVES = {"fill": "text with gaps", "repair": "text with errors", "spans": "the gaps alone", "copy": "copy"}
 ARMS = {"tiny-t5": "`tiny-t5`, fine-tuned", "tiny-t5-untrained": "random weights, fine-tuned the same way"}
 
 
@@ -73,6 +79,22 @@ def model_card() -> str:
     return "\n".join(lines + evidence())
 
 
+def draw_curve(path: Path) -> None:
+    """Draw the held-out losses over the training, from its log, as an SVG file."""
+    log = (tiny_t5_folder() / "pretraining.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [record for line in log if "held_out" in (record := json.loads(line))]
+    with viz.style():
+        figure, ax = plt.subplots()
+        for (name, label), marker in zip(CURVES.items(), "osD^", strict=True):
+            tokens = [record.get("tokens", 0) / 1e6 for record in records]
+            ax.plot(tokens, [r["held_out"][name] for r in records], marker=marker, markersize=4, label=label)
+        ax.axhline(records[0]["unigram"], color=viz.COLOURS["head"], linestyle=":", label="token frequencies")
+        ax.set(xlabel="million tokens of text read", ylabel="held-out loss per token", ylim=(0, None))
+        ax.legend()
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)
+
+
 def evidence() -> list[str]:
     """What the pretraining is worth on the task `modern-bible`, if the comparisons were run."""
     results = {name: RESULTS / f"{name}.json" for name in ARMS}
@@ -109,12 +131,13 @@ def _cell(values) -> str:
 
 
 def main(page: str) -> None:
-    """Write the card between its two comments in a page."""
+    """Write the card between its two comments in a page, and the curve beside it."""
     text = Path(page).read_text(encoding="utf-8")
     before, found, rest = text.partition(START)
     if not found or END not in rest:
         raise ValueError(f"page: {page} has no {START.strip()} with its end: the card cannot be put there")
     Path(page).write_text(before + START + model_card() + END + rest.partition(END)[2], encoding="utf-8")
+    draw_curve(Path(page).with_name(CURVE))
 
 
 if __name__ == "__main__":
