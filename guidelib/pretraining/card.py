@@ -90,7 +90,7 @@ def draw_curve(path: Path) -> None:
             ax.plot(tokens, [r["held_out"][name] for r in records], marker=marker, markersize=4, label=label)
         ax.axhline(records[0]["unigram"], color=viz.COLOURS["head"], linestyle=":", label="token frequencies")
         ax.set(xlabel="million tokens of text read", ylabel="held-out loss per token", ylim=(0, None))
-        ax.legend()
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2)
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
 
