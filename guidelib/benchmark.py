@@ -12,8 +12,9 @@ import time
 
 import torch
 
+from guidelib.attaching import attach
 from guidelib.backbones import load_backbone
-from guidelib.method import Method, attach, expect
+from guidelib.method import Method, expect
 from guidelib.reparametrization.adalora import AdaLoRA
 from guidelib.reparametrization.dora import DoRA
 from guidelib.reparametrization.krona import KronA

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 
 from guidelib import closed_form, recompute
 from guidelib.anatomy import ADDED
-from guidelib.method import Attachment, Count, expect
+from guidelib.attaching import Attachment, Count
+from guidelib.method import expect
 
 Batch = Mapping[str, torch.Tensor]
 

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from guidelib.method import Method, attach, expect
+from guidelib.attaching import attach
+from guidelib.method import Method, expect
 from guidelib.reparametrization.adalora import AdaLoRA
 from guidelib.reparametrization.dora import DoRA
 from guidelib.reparametrization.flora import FLoRA

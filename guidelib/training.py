@@ -29,8 +29,9 @@ from transformers import (
 )
 
 from guidelib import recompute
+from guidelib.attaching import Attachment, attached
 from guidelib.environment import device
-from guidelib.method import Attachment, attached, expect
+from guidelib.method import expect
 from guidelib.tasks import SPLITS, Task
 from guidelib.text2text import generate, score
 

@@ -91,7 +91,7 @@ import sys, json
 sys.modules["safetensors"] = None  # as if it were not installed
 import guidelib
 try:
-    guidelib.method
+    guidelib.attaching
 except Exception as error:
     print(json.dumps([type(error).__name__, "safetensors" in str(error)]))
 """

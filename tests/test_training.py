@@ -15,7 +15,8 @@ from common import build
 
 import guidelib as gl
 from guidelib import training
-from guidelib.method import Attachment, Method
+from guidelib.attaching import Attachment
+from guidelib.method import Method
 
 WORDS = ("the", "a", "book", "story", "long", "read", "we", "it")
 

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from guidelib.anatomy import Site, Targets
+from guidelib.attaching import Attachment
 from guidelib.attachment.weight_delta import BranchCost, Delta, WeightDelta, added_dtype
-from guidelib.method import Attachment, expect
+from guidelib.method import expect
 
 
 @dataclass(frozen=True)

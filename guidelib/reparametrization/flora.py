@@ -25,8 +25,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from guidelib.anatomy import Site, Targets
+from guidelib.attaching import Attachment, attach, attached, load
 from guidelib.attachment.weight_delta import BranchCost, Delta, DeltaPart, WeightDelta, added_dtype
-from guidelib.method import Attachment, attach, attached, expect, load
+from guidelib.method import expect
 from guidelib.reparametrization.lora import LoRA
 
 

@@ -24,8 +24,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from guidelib.anatomy import Site, Targets
+from guidelib.attaching import attached
 from guidelib.attachment.weight_space import WeightSpacePart
-from guidelib.method import Method, attached, expect
+from guidelib.method import Method, expect
 
 SCALES = 256  # scales that share one step in double quantisation
 

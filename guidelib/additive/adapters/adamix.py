@@ -28,8 +28,9 @@ from torch.func import functional_call
 
 from guidelib.additive.adapters.bottleneck import Adapter
 from guidelib.anatomy import Sublayer, Targets
+from guidelib.attaching import Attachment
 from guidelib.attachment.sublayer import part_name
-from guidelib.method import Attachment, expect
+from guidelib.method import expect
 
 SHARED = ("up", "down", "none")
 

@@ -25,10 +25,11 @@ from torch import nn
 
 from guidelib.additive.adapters.bottleneck import Bottleneck, PfeifferAdapter
 from guidelib.anatomy import Anatomy, Sublayer
+from guidelib.attaching import Attachment, read
 from guidelib.attachment.part import Part
 from guidelib.attachment.sublayer import SublayerPart
 from guidelib.attachment.weight_delta import added_dtype
-from guidelib.method import Attachment, Method, expect, read
+from guidelib.method import Method, expect
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,371 @@
+"""What attaching a method to a model gives.
+
+``attach`` freezes a transformers model in place, plugs the method's parts in and returns an Attachment, which
+counts, merges, saves and takes the method away again.  ``load`` does so from a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from guidelib.anatomy import ADDED, Anatomy
+from guidelib.method import Method, Spec
+
+if TYPE_CHECKING:
+    from guidelib.attachment.part import Part
+
+FORMAT = "guidelib 1"
+
+
+@dataclass(frozen=True)
+class Count:
+    """Numbers of parameters; the task head is included in the first three.
+
+    trainable: what the optimiser sees.  stored: what the per-task file holds.  changed: entries of the
+    effective model that can differ from the base.  total: the base model with its head.  head, norms: how
+    many of the trainable ones belong to the task head and to the base model's normalisation layers.
+    """
+
+    trainable: int
+    stored: int
+    changed: int
+    total: int
+    head: int
+    norms: int
+
+    def __str__(self) -> str:
+        def share(n: int) -> str:
+            return f"{n:,} ({100 * n / self.total:.3g} %)"
+
+        return (
+            f"trainable {share(self.trainable)}, stored {share(self.stored)}, changed {share(self.changed)} "
+            f"of {self.total:,}; of the trainable ones {self.head:,} in the head, {self.norms:,} in norms"
+        )
+
+
+def attach(model: PreTrainedModel, method: Method, *, seed: int = 0) -> Attachment:
+    """Freeze ``model`` in place, plug ``method`` in and train the task head with it.
+
+    ``seed`` fixes the method's initial values without touching the global random state.  Returns the
+    Attachment, which is also reachable as ``attached(model)``.  Raises TypeError or ValueError, and leaves
+    the model as it was, for an unsupported model, something that is not a method, a target or layer that is
+    not there, an impossible size, or a model that already carries a method.
+    """
+    return _attach(model, method, seed, saved={})
+
+
+def attached(model: PreTrainedModel) -> Attachment:
+    """The Attachment of ``model``.  Raises ValueError if nothing is attached."""
+    if not hasattr(model, ADDED):
+        raise ValueError("model carries no method; call guidelib.attach(model, method) first")
+    return getattr(model, ADDED).attachment
+
+
+def _attach(
+    model: PreTrainedModel, method: Method, seed: int, saved: Mapping[str, torch.Tensor]
+) -> Attachment:
+    if not isinstance(method, Method):
+        hint = f"; write {method.__name__}() to make one" if isinstance(method, type) else ""
+        raise TypeError(f"method must be a guidelib method such as LoRA(r=8), got {method!r}{hint}")
+    anatomy = Anatomy(model)
+    if hasattr(model, ADDED):
+        raise ValueError(
+            f"model already carries {attached(model).method!r}; detach() it first, or attach a sum of methods"
+        )
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        parts = method.parts(anatomy, saved)
+    selected = method.select(anatomy) | set(anatomy.head())
+    return Attachment(model, method, anatomy, parts, selected, method.rewrites(anatomy))
+
+
+class Attachment:
+    """A method at work on a model.  Made by ``attach`` and ``load``.
+
+    The method's own parameters live under ``model.guidelib``, so that optimisers, ``.to()`` and
+    ``state_dict`` see them; the base model's keys stay what they were.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: Method,
+        anatomy: Anatomy,
+        parts: list[Part],
+        selected: set[str],
+        rewritten: set[str],
+    ):
+        self.model, self.method, self.anatomy = model, method, anatomy
+        self.merged = False
+        self._base = _fingerprint(anatomy)
+        self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        parameters = dict(model.named_parameters())
+        self._selected = selected
+        self._originals = {name: parameters[name].detach().clone() for name in sorted(selected | rewritten)}
+        gradients = {name: p.grad for name, p in parameters.items()}
+        added = nn.ModuleDict()
+        added.attachment = self
+        added.train(model.training)
+        model.add_module(ADDED, added)
+        try:
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(name in selected)
+            self.add(parts)
+        except BaseException:
+            self._undo()
+            for name, gradient in gradients.items():
+                parameters[name].grad = gradient
+            raise
+
+    @property
+    def parts(self) -> list[Part]:
+        """The parts in the order in which they were plugged in."""
+        return list(getattr(self.model, ADDED).values())
+
+    def parts_of(self, method: Method) -> list[Part]:
+        """The parts that ``method``, this attachment's or a member of its sum, made."""
+        return [part for part in self.parts if part.method is method]
+
+    def add(self, parts: Iterable[Part]) -> None:
+        """Plug further parts in (a mask that is known only after ``prepare``, say)."""
+        added = getattr(self.model, ADDED)
+        for part in parts:
+            if part.first and (other := next((p for p in self.parts if p.place == part.place), None)):
+                raise ValueError(
+                    f"method: {type(part.method).__name__} must stand first at {part.place}, since it reads "
+                    f"the base weight; {type(other.method).__name__} acts there before it"
+                )
+            name, n = part.name, 2
+            while name in added:
+                name, n = f"{part.name}_{n}", n + 1
+            part.name = name
+            part.train(self.model.training)
+            added[name] = part
+            part.plug()
+
+    def count(self) -> Count:
+        """The three counts and what they include."""
+        self._check_attached()
+        trainable = {name: p.numel() for name, p in self.model.named_parameters() if p.requires_grad}
+        norms = self.anatomy.norms()
+        return Count(
+            trainable=sum(trainable.values()),
+            stored=sum(tensor.numel() for tensor in self.state().values()),
+            changed=sum({part.place: part.changed for part in self.parts}.values())
+            + sum(self._originals[name].numel() for name in self._selected),
+            total=sum(p.numel() for p in self.anatomy.base_parameters().values()),
+            head=sum(p.numel() for p in self.anatomy.head().values()),
+            norms=sum(n for name, n in trainable.items() if name in norms),
+        )
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether the method's effect can be written into the base weights."""
+        return all(part.mergeable for part in self.parts)
+
+    def merge(self, *, permanent: bool = False) -> None:
+        """Write the method into the base weights; the model then runs exactly the base's operations.
+
+        A copy of the base weights is kept, and ``unmerge`` puts it back bit for bit.  With ``permanent``
+        nothing is kept: the model becomes an ordinary transformers model with the new weights, and this
+        attachment ends. Raises ValueError, with the model as it was, if a part of the method cannot be
+        merged.
+        """
+        self._check_attached()
+        fixed = next((part for part in self.parts if not part.mergeable), None)
+        if fixed is not None:
+            raise ValueError(f"{type(self.method).__name__} cannot be merged: {fixed.name}: {fixed.why_not}")
+        if not self.merged:
+            done: list[Part] = []
+            try:
+                for part in self.parts:
+                    part.merge()
+                    done.append(part)
+            except BaseException:
+                for part in reversed(done):
+                    part.unmerge()
+                raise
+            for part in done:
+                part.unplug()
+            self.merged = True
+        if permanent:
+            self._originals = {}
+            self._undo(keep_merged=True)
+
+    def unmerge(self) -> None:
+        """Put the base weights back, bit for bit, and let the method act beside them again."""
+        self._check_attached()
+        if self.merged:
+            for part in reversed(self.parts):
+                part.unmerge()
+            for part in self.parts:  # in the first order: sums of floats depend on it
+                part.plug()
+            self.merged = False
+
+    def detach(self) -> PreTrainedModel:
+        """Take the method away and give the base model back, bit for bit, head and ``requires_grad``
+        included."""
+        self._check_attached()
+        self.unmerge()
+        self._undo()
+        return self.model
+
+    def _undo(self, keep_merged: bool = False) -> None:
+        if not keep_merged:
+            for part in reversed(self.parts):
+                part.unplug()
+        delattr(self.model, ADDED)
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, original in self._originals.items():
+                parameters[name].copy_(original)
+        for name, flag in self._flags.items():
+            parameters[name].requires_grad_(flag)
+            parameters[name].grad = None
+
+    def _check_attached(self) -> None:
+        if getattr(getattr(self.model, ADDED, None), "attachment", None) is not self:
+            raise ValueError(
+                "this attachment has ended (detached, or merged for good); attach the method again"
+            )
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a file holds: the added tensors, and the base parameters that are changed in place."""
+        added = getattr(self.model, ADDED)
+        lasting = added.state_dict().keys()  # buffers that are not persistent can be made again
+        named = (*added.named_parameters(), *added.named_buffers())  # a shared parameter is named once
+        tensors = {f"{ADDED}.{name}": tensor for name, tensor in named if name in lasting}
+        parameters = dict(self.model.named_parameters())
+        tensors |= {name: parameters[name] for name in self._originals}
+        return {name: tensor.detach() for name, tensor in tensors.items()}
+
+    def metadata(self) -> dict[str, str]:
+        """What a file says of itself: the format, the method and a fingerprint of the base."""
+        return {
+            "format": FORMAT,
+            "method": json.dumps(self.method.to_json()),
+            "base": json.dumps(self._base),
+        }
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the method, its tensors and a fingerprint of the base to a safetensors file.
+
+        The file appears whole or not at all.  Raises FileNotFoundError if the folder is missing.
+        """
+        self._check_attached()
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"path: the folder {str(path.parent)!r} does not exist; make it first")
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
+            temporary = Path(file.name)
+        merged = self.merged
+        self.unmerge()  # or base weights that the file holds would have the method's effect in them as well
+        try:
+            save_file({name: t.contiguous() for name, t in self.state().items()}, temporary, self.metadata())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+            if merged:
+                self.merge()
+        return path
+
+
+def load(model: PreTrainedModel, path: str | os.PathLike, *, any_weights: bool = False) -> Attachment:
+    """Attach the method that ``path`` holds to a fresh base model and fill in its trained values.
+
+    ``any_weights`` accepts a base of the same shapes with other weights.  Raises FileNotFoundError if there
+    is no file, ValueError if it is damaged, not guidelib's, or of another backbone; the model is then as it
+    was.
+    """
+    path = Path(path)
+    method, tensors = read(Anatomy(model), path, any_weights=any_weights)
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    try:
+        attachment = _attach(model, Spec.from_json(method), seed=0, saved=tensors)
+    except TypeError as error:  # a field is missing, or it is no method at all
+        raise ValueError(f"path: {path.name!r} is damaged: {error}") from error
+    state = attachment.state()
+    problem = next(
+        (n for n in state.keys() | tensors.keys() if not _same_shape(state.get(n), tensors.get(n))), None
+    )
+    if problem is not None:
+        for name, parameter in attachment.detach().named_parameters():
+            parameter.grad = gradients[name]
+        raise ValueError(
+            f"path: {path.name!r} does not fit: tensor {problem!r} is missing, unknown or misshapen"
+        )
+    with torch.no_grad():
+        for name, tensor in state.items():
+            tensor.copy_(tensors[name])
+    return attachment
+
+
+def read(
+    anatomy: Anatomy, path: str | os.PathLike, *, any_weights: bool = False
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The method, as JSON, and the tensors of a file that belongs to the model of ``anatomy``.
+
+    Raises as ``load`` does.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path: there is no file {str(path)!r}")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        method, base = json.loads(metadata.get("method", "0")), json.loads(metadata.get("base", "0"))
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"path: {path.name!r} is damaged or no safetensors file ({error})") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"path: {path.name!r} was not saved by guidelib (format {metadata.get('format')!r})")
+    mine = _fingerprint(anatomy)
+    if not isinstance(base, dict) or base.keys() != mine.keys():
+        raise ValueError(f"path: {path.name!r} is damaged: it does not say which backbone it belongs to")
+    for key, meaning in (("model_type", "architecture"), ("shapes", "shapes"), ("weights", "weights")):
+        if mine[key] != base[key] and not (key == "weights" and any_weights):
+            advice = "; any_weights=True loads it all the same" if key == "weights" else ""
+            raise ValueError(
+                f"path: {path.name!r} belongs to another backbone: its {meaning} {base[key]!r} differ from "
+                f"this model's {mine[key]!r}{advice}"
+            )
+    return method, tensors
+
+
+def _same_shape(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is not None and b is not None and a.shape == b.shape
+
+
+def _fingerprint(anatomy: Anatomy) -> dict[str, str]:
+    """What an adapter file says of its base: architecture, shapes, and a sample of the weights.
+
+    The task head is left out, since it differs per task; the sample is rounded to bfloat16, so that a base
+    loaded in 16 bits is recognised.  A model without weights (meta device) has an empty sample.
+    """
+    head = anatomy.head()
+    base = {name: p for name, p in anatomy.base_parameters().items() if name not in head}
+    shapes = json.dumps({name: tuple(p.shape) for name, p in base.items()}, sort_keys=True)
+    sample = hashlib.sha256()
+    for _, parameter in sorted(base.items()):
+        if parameter.device.type != "meta":
+            flat = parameter.detach().flatten()
+            few = flat[:: max(1, flat.numel() // 16)].to(torch.bfloat16).cpu()
+            sample.update(few.view(torch.int16).numpy().tobytes())
+    return {
+        "model_type": anatomy.kind,
+        "shapes": hashlib.sha256(shapes.encode()).hexdigest()[:16],
+        "weights": sample.hexdigest()[:16],
+    }
