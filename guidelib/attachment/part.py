@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -37,6 +38,20 @@ class Part(nn.Module):
     def unmerge(self) -> None:
         """Put the kept copy back, bit for bit."""
         raise NotImplementedError
+
+    def take_over(self, layer: nn.Module, forward: Callable) -> None:
+        """Let ``layer`` compute ``forward``, a method of this part, which a deep copy binds to the copied
+        part."""
+        self._before = {name: value for name, value in vars(layer).items() if name == "forward"}
+        layer.forward = forward
+
+    def give_back(self, layer: nn.Module, forward: Callable) -> bool:
+        """Undo ``take_over``; whether there was anything to undo."""
+        taken = vars(layer).get("forward") == forward
+        if taken:
+            del layer.forward
+            vars(layer).update(self._before)
+        return taken
 
     @property
     def place(self) -> str:

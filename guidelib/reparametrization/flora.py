@@ -183,18 +183,13 @@ class FastPart(DeltaPart):
     which costs one product more."""
 
     def plug(self) -> None:
-        layer = self.site.module
         if self.site.rows is not None:
             return super().plug()
-        self._before = {name: value for name, value in vars(layer).items() if name == "forward"}
-        layer.forward = self._forward  # a bound method, which a deep copy binds to the copied part
+        self.take_over(self.site.module, self._forward)
 
     def unplug(self) -> None:
         super().unplug()
-        layer = self.site.module
-        if vars(layer).get("forward") == self._forward:
-            del layer.forward
-            vars(layer).update(self._before)
+        self.give_back(self.site.module, self._forward)
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         layer = self.site.module  # with gradient, in case its own weight or bias is trained, too

@@ -206,7 +206,6 @@ class NF4Part(WeightSpacePart):
         self.name = f"NF4_{site.name.replace('.', '_')}"
         self.quantized, self.released = quantized, False
         self._site = (site,)  # in a tuple, so that the layer is not registered as a child
-        self._before: dict = {}
 
     @property
     def site(self) -> Site:
@@ -232,18 +231,15 @@ class NF4Part(WeightSpacePart):
             "one that leaves the weights which NF4 quantises frozen",
         )
         if self.replaced:
-            self._before = {name: value for name, value in vars(layer).items() if name == "forward"}
-            layer.forward = self._forward  # a bound method, which a deep copy binds to the copied part
+            self.take_over(layer, self._forward)
             if self.released:
                 self._drop()
 
     def unplug(self) -> None:
         layer = self.site.module
-        if vars(layer).get("forward") == self._forward:
-            del layer.forward
-            vars(layer).update(self._before)
-            if self.released and layer.weight.stride() == (0, 0):  # not after a merge, which filled it in
-                self._fill()
+        taken = self.give_back(layer, self._forward)
+        if taken and self.released and layer.weight.stride() == (0, 0):  # a merge has filled it in already
+            self._fill()
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         layer = self.site.module
