@@ -305,46 +305,39 @@ class Anatomy:
         ``ffn``, ``all``).  Raises ValueError if one of them is unknown, or known but not in this model: a
         misspelt name beside a good one is never passed over.
         """
-        names = (targets,) if isinstance(targets, str) else tuple(targets)
-        if not names:
-            raise ValueError(f"targets is empty; give one or more of {', '.join(TARGET_NAMES)}")
-        unknown = [name for name in names if name not in TARGET_NAMES]
-        if unknown:
-            raise ValueError(f"targets: unknown {unknown[0]!r}; accepted are {', '.join(TARGET_NAMES)}")
-        sites = [
+        sites = (
             replace(site, stack=name, layer=layer)
             for name, layer, block in self.blocks()
             for site in _sites(block, self.stacks[name])
-        ]
-        for name in names:
-            if not any(_matches(name, site.role) for site in sites):
-                present = sorted({site.role for site in sites})
-                raise ValueError(
-                    f"targets: {name!r} is not in this {self.kind} model; it has {', '.join(present)}"
-                )
-        return [site for site in sites if any(_matches(name, site.role) for name in names)]
+        )
+        return self._choose("targets", targets, TARGET_NAMES, sites, _matches)
 
     def sublayers(self, names: Targets = ("attn", "ffn")) -> list[Sublayer]:
         """The sub-layers that ``names`` lists, in order: ``self``, ``cross``, ``attn`` (both), ``ffn``.
 
         Raises ValueError if a name is unknown, or known but not in this model.
         """
-        names = (names,) if isinstance(names, str) else tuple(names)
-        if not names:
-            raise ValueError(f"sublayers is empty; give one or more of {', '.join(SUBLAYER_NAMES)}")
-        unknown = [name for name in names if name not in SUBLAYER_NAMES]
-        if unknown:
-            raise ValueError(f"sublayers: unknown {unknown[0]!r}; accepted are {', '.join(SUBLAYER_NAMES)}")
-        found = [
+        sublayers = (
             _sublayer(name, layer, role, block, self.stacks[name])
             for name, layer, block in self.blocks()
             for role in self.stacks[name].ends
-        ]
+        )
+        return self._choose("sublayers", names, SUBLAYER_NAMES, sublayers, _stands_for)
+
+    def _choose(self, argument, names, accepted, places, matches):
+        """The places whose role one of ``names`` matches, once the names are known to be good."""
+        names = (names,) if isinstance(names, str) else tuple(names)
+        if not names:
+            raise ValueError(f"{argument} is empty; give one or more of {', '.join(accepted)}")
+        unknown = [name for name in names if name not in accepted]
+        if unknown:
+            raise ValueError(f"{argument}: unknown {unknown[0]!r}; accepted are {', '.join(accepted)}")
+        places = list(places)  # not before the names are checked
         for name in names:
-            if not any(_stands_for(name, sublayer.role) for sublayer in found):
-                present = ", ".join(sorted({sublayer.role for sublayer in found})) or "none that are known"
-                raise ValueError(f"sublayers: {name!r} is not in this {self.kind} model; it has {present}")
-        return [each for each in found if any(_stands_for(name, each.role) for name in names)]
+            if not any(matches(name, place.role) for place in places):
+                present = ", ".join(sorted({place.role for place in places})) or "none that are known"
+                raise ValueError(f"{argument}: {name!r} is not in this {self.kind} model; it has {present}")
+        return [place for place in places if any(matches(name, place.role) for name in names)]
 
     def attentions(self) -> Iterator[tuple[str, int, str, nn.Module]]:
         """(stack, layer, "self" or "cross", attention module) in order, within the restriction."""
