@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 import guidelib as gl
 
@@ -129,3 +129,31 @@ def randomise(attachment: gl.Attachment, scale: float = 0.1) -> None:
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.add_(scale * noise.to(parameter.dtype))
+
+
+def predicted_and_measured(model, inputs):
+    measured = gl.measure(model, inputs)
+    prediction = measured.predicted
+    return (
+        (prediction.saved_bytes, prediction.forward_flops, prediction.backward_flops),
+        (measured.saved_bytes, measured.forward_flops, measured.backward_flops),
+    )
+
+
+def assert_the_prediction_is_the_measurement(model: PreTrainedModel, backbone: str) -> None:
+    """The closed form to the byte and to the operation: two shapes of batch, with padding and without."""
+    for rows, length in ((3, 9), (5, 17)):
+        for padded in (True, False):
+            inputs = batch(backbone, padded=padded, rows=rows, length=length)
+            predicted, measured = predicted_and_measured(model, inputs)
+            assert predicted == measured, (rows, length, padded)
+            assert all(number > 0 for number in measured)
+
+
+def assert_count(config: dict, method: gl.Method, expected: int) -> gl.Count:
+    """What ``method`` trains and stores on a bare model of that configuration, made without weights."""
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.for_model(**config))
+    count = gl.attach(model, method).count()
+    assert count.trainable == count.stored == expected
+    return count

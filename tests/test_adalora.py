@@ -7,10 +7,8 @@ import copy
 import peft
 import pytest
 import torch
-from common import batch, build, outputs, randomise
-from test_costs import predicted_and_measured
+from common import assert_count, assert_the_prediction_is_the_measurement, batch, build, outputs, randomise
 from test_training import QUICK, TASK, TOKENIZER
-from transformers import AutoConfig, AutoModel
 
 import guidelib as gl
 from guidelib import costs
@@ -379,11 +377,7 @@ COUNTS = {  # where the number stands -> model, method, parameters
 
 @pytest.mark.parametrize("source", COUNTS)
 def test_published_counts(source):
-    config, method, expected = COUNTS[source]
-    with torch.device("meta"):
-        model = AutoModel.from_config(AutoConfig.for_model(**config))
-    count = gl.attach(model, method).count()
-    assert count.trainable == count.stored == expected
+    assert_count(*COUNTS[source])
 
 
 METHODS = {
@@ -400,11 +394,7 @@ METHODS = {
 def test_the_prediction_is_the_measurement(backbone, method):
     model = build(backbone, dtype=torch.float32)
     gl.attach(model, METHODS[method])
-    for rows, length in ((3, 9), (5, 17)):
-        for padded in (True, False):
-            inputs = batch(backbone, padded=padded, rows=rows, length=length)
-            predicted, measured = predicted_and_measured(model, inputs)
-            assert predicted == measured, (rows, length, padded)
+    assert_the_prediction_is_the_measurement(model, backbone)
 
 
 @pytest.mark.parametrize(

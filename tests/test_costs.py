@@ -7,7 +7,15 @@ import gc
 import peft
 import pytest
 import torch
-from common import BACKBONES, TWO_CLASSES, batch, build, randomise
+from common import (
+    BACKBONES,
+    TWO_CLASSES,
+    assert_the_prediction_is_the_measurement,
+    batch,
+    build,
+    predicted_and_measured,
+    randomise,
+)
 from transformers import BertConfig, BertForSequenceClassification
 
 import guidelib as gl
@@ -38,16 +46,6 @@ METHODS = {
     "adapters at one place": gl.Adapter(r=3) + gl.ParallelAdapter(r=2) + gl.PfeifferAdapter(r=2),
     "adapter and lora": gl.ParallelAdapter(r=3, sublayers="self") + gl.LoRA(r=2, targets="all"),
 }
-SHAPES = ((3, 9), (5, 17))
-
-
-def predicted_and_measured(model, inputs):
-    measured = gl.measure(model, inputs)
-    prediction = measured.predicted
-    return (
-        (prediction.saved_bytes, prediction.forward_flops, prediction.backward_flops),
-        (measured.saved_bytes, measured.forward_flops, measured.backward_flops),
-    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -55,12 +53,7 @@ def predicted_and_measured(model, inputs):
 def test_the_prediction_is_the_measurement_to_the_byte_and_to_the_operation(backbone, method):
     model = build(backbone, dtype=torch.float32)
     gl.attach(model, METHODS[method])
-    for rows, length in SHAPES:
-        for padded in (True, False):
-            inputs = batch(backbone, padded=padded, rows=rows, length=length)
-            predicted, measured = predicted_and_measured(model, inputs)
-            assert predicted == measured, (rows, length, padded)
-            assert all(number > 0 for number in measured)
+    assert_the_prediction_is_the_measurement(model, backbone)
 
 
 @pytest.mark.parametrize("backbone", ["tiny-bert", "tiny-roberta"])

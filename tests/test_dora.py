@@ -5,10 +5,9 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from common import batch, build, outputs, randomise
-from test_costs import house_batch, house_bert, predicted_and_measured
+from common import assert_count, assert_the_prediction_is_the_measurement, batch, build, outputs, randomise
+from test_costs import house_batch, house_bert
 from test_lora import BERT_BASE, LLAMA_7B, QV, gradients
-from transformers import AutoConfig, AutoModel
 
 import guidelib as gl
 
@@ -93,11 +92,7 @@ COUNTS = {  # where the number stands -> model, method, parameters
 
 @pytest.mark.parametrize("source", COUNTS)
 def test_published_counts(source):
-    config, method, expected = COUNTS[source]
-    with torch.device("meta"):
-        model = AutoModel.from_config(AutoConfig.for_model(**config))
-    count = gl.attach(model, method).count()
-    assert count.trainable == count.stored == expected
+    assert_count(*COUNTS[source])
 
 
 def directed(backbone="tiny-bert", **arguments):
@@ -227,11 +222,7 @@ def test_the_prediction_is_the_measurement(method):
     for backbone in ("tiny-bert", "tiny-roberta"):
         model = build(backbone, dtype=torch.float32)
         gl.attach(model, METHODS[method])
-        for rows, length in ((3, 9), (5, 17)):
-            for padded in (True, False):
-                inputs = batch(backbone, padded=padded, rows=rows, length=length)
-                predicted, measured = predicted_and_measured(model, inputs)
-                assert predicted == measured, (backbone, rows, length, padded)
+        assert_the_prediction_is_the_measurement(model, backbone)
 
 
 @ids

@@ -8,7 +8,16 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
-from common import BACKBONES, DECODERS, SEQ2SEQ, batch, build, outputs, randomise
+from common import (
+    BACKBONES,
+    DECODERS,
+    SEQ2SEQ,
+    assert_the_prediction_is_the_measurement,
+    batch,
+    build,
+    outputs,
+    randomise,
+)
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModel
 
@@ -447,14 +456,7 @@ COSTED = {
 def test_the_closed_form_is_the_measurement(name):
     model = build("tiny-bert", dtype=torch.float32)
     gl.attach(model, COSTED[name])
-    for size in ((3, 9), (5, 17)):
-        for padded in (True, False):
-            inputs = batch("tiny-bert", padded=padded, rows=size[0], length=size[1])
-            measured = gl.measure(model, inputs)
-            predicted = measured.predicted
-            assert predicted.saved_bytes == measured.saved_bytes
-            assert predicted.forward_flops == measured.forward_flops
-            assert predicted.backward_flops == measured.backward_flops
+    assert_the_prediction_is_the_measurement(model, "tiny-bert")
 
 
 def forward_flops(backbone, ids, **arguments):

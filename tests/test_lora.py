@@ -8,7 +8,7 @@ import math
 import peft
 import pytest
 import torch
-from common import batch, build, outputs, randomise
+from common import assert_count, assert_the_prediction_is_the_measurement, batch, build, outputs, randomise
 from transformers import AutoConfig, AutoModel, BertConfig, BertForSequenceClassification
 
 import guidelib as gl
@@ -202,10 +202,7 @@ PUBLISHED = {  # where the number stands -> model, rank, targets, parameters
 @pytest.mark.parametrize("source", PUBLISHED)
 def test_published_counts(source):
     config, r, targets, expected = PUBLISHED[source]
-    with torch.device("meta"):  # sizes without weights
-        model = AutoModel.from_config(AutoConfig.for_model(**config))
-    count = gl.attach(model, gl.LoRA(r=r, targets=targets)).count()
-    assert count.trainable == count.stored == expected
+    count = assert_count(config, gl.LoRA(r=r, targets=targets), expected)
     assert count.head == count.norms == 0
 
 
@@ -430,10 +427,7 @@ CLOSED_FORMS = {
 def test_the_closed_form_is_the_measurement(backbone, method):
     model = build(backbone, dtype=torch.float32)
     gl.attach(model, CLOSED_FORMS[method])
-    for rows, length, padded in ((3, 9, True), (3, 9, False), (5, 17, True)):
-        measured = gl.measure(model, batch(backbone, padded=padded, rows=rows, length=length))
-        for figure in ("saved_bytes", "forward_flops", "backward_flops"):
-            assert getattr(measured.predicted, figure) == getattr(measured, figure) > 0, (figure, rows)
+    assert_the_prediction_is_the_measurement(model, backbone)
 
 
 @pytest.mark.parametrize("variant", ["rslora", "lora-fa"])
