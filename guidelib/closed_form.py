@@ -136,7 +136,7 @@ class _Step:
             self.backward += tokens * (cost.backward + live * cost.backward_input) + cost.backward_once
             if cost.keeps_input:
                 self.keep(name, tokens * d_in)
-            self.keep(part, tokens * cost.kept + cost.kept_once + live * cost.kept_input_once)
+            self.keep(part, _kept(cost, tokens, live))
             out_live = True
         return out_live
 
@@ -186,7 +186,7 @@ class _Step:
             self.backward += cost.backward_once
             if cost.keeps_input:
                 self.keep(read, self.tokens * self.width)
-            self.keep(part.name, self.tokens * cost.kept + cost.kept_once)
+            self.keep(part.name, _kept(cost, self.tokens, read_live))
             live = True
         return live
 
@@ -206,6 +206,12 @@ class _Step:
 
 def _trained(parameter: torch.nn.Parameter) -> bool:
     return parameter.requires_grad
+
+
+def _kept(cost: BranchCost, tokens: int, live: bool) -> int:
+    """Numbers kept beside the input, which is ``live`` or not."""
+    always = tokens * cost.kept + cost.kept_once
+    return always + live * (tokens * cost.kept_input + cost.kept_input_once)
 
 
 def _adapter_cost(part: torch.nn.Module) -> BranchCost | None:

@@ -602,6 +602,28 @@ def test_the_equation_of_fusion_by_hand(trained):
     assert (module(h) - expected).abs().max() < 1e-12
 
 
+def test_the_shares_of_a_pass_explain_its_output(trained):
+    model, inputs = build("tiny-bert"), batch("tiny-bert")
+    attachment = gl.attach(model, gl.AdapterFusion(trained, PLAIN))
+    randomise(attachment, 0.5)
+    before = outputs(model, inputs)
+    layers = attachment.method.weights(attachment, inputs)
+    assert [tuple(p.shape) for p in layers] == [(*inputs["input_ids"].shape, 2)] * 2
+    assert all(torch.allclose(p.sum(-1), torch.ones(()).double()) for p in layers)
+    assert not torch.allclose(layers[0], layers[1])
+
+    def replace(module, args, output, p):  # by the mixture of these shares
+        added = torch.stack([adapter(*args) for adapter in module.adapters], -1)
+        return module.V((added * p.unsqueeze(-2)).sum(-1))
+
+    for part, p in zip(attachment.parts, layers, strict=True):
+        part.module.register_forward_hook(lambda m, args, output, p=p: replace(m, args, output, p))
+    assert torch.allclose(outputs(model, inputs), before, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError):
+        attachment.method.weights(attachment, {})
+    assert all(len(part.module._forward_hooks) == 1 for part in attachment.parts)  # that of this test
+
+
 def test_a_saved_fusion_needs_its_sources_no_more(trained, tmp_path):
     model, inputs = build("tiny-bert"), batch("tiny-bert")
     attachment = gl.attach(model, gl.AdapterFusion(trained, PLAIN))

@@ -26,7 +26,7 @@ class BranchCost:
     keeps_input: whether autograd keeps the layer's input for it.  kept: numbers kept besides.  forward,
     backward: floating-point operations of its products, the latter without the gradient of the input, which
     costs ``backward_input`` more where something below is trained.  ``_once``: per step, however many tokens.
-    kept_input_once: numbers kept for the gradient of the input alone.
+    kept_input, kept_input_once: numbers kept for the gradient of the input alone.
     """
 
     keeps_input: bool
@@ -34,6 +34,7 @@ class BranchCost:
     forward: int
     backward: int
     backward_input: int
+    kept_input: int = 0
     kept_once: int = 0
     forward_once: int = 0
     backward_once: int = 0

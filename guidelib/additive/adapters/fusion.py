@@ -28,7 +28,7 @@ from guidelib.anatomy import Anatomy, Sublayer
 from guidelib.attaching import Attachment, read
 from guidelib.attachment.part import Part
 from guidelib.attachment.sublayer import SublayerPart
-from guidelib.attachment.weight_delta import added_dtype
+from guidelib.attachment.weight_delta import BranchCost, added_dtype
 from guidelib.method import Method, expect
 
 
@@ -98,9 +98,28 @@ class AdapterFusion(Method):
     def regularizer(self, attachment: Attachment) -> torch.Tensor | None:
         if not self.regularization:
             return None
-        values = [m.V.weight for p in attachment.parts_of(self) for m in p.modules() if isinstance(m, Fusion)]
+        values = [fusion.V.weight for fusion in self._fusions(attachment)]
         eye = torch.eye(len(values[0]), device=values[0].device, dtype=values[0].dtype)
         return self.regularization * sum(((v - eye.to(v.device)) ** 2).sum() for v in values)
+
+    @torch.no_grad()
+    def weights(self, attachment: Attachment, batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """p of each layer in one pass over ``batch``: (..., N), and 1 summed over the N adapters."""
+        seen: list[torch.Tensor] = []
+        hooks = [
+            fusion.register_forward_hook(lambda m, x, _: seen.append(m.weights(*x, m.added(*x))))
+            for fusion in self._fusions(attachment)
+        ]
+        try:
+            attachment.model(**batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen
+
+    def _fusions(self, attachment: Attachment) -> list[Fusion]:
+        parts = attachment.parts_of(self)
+        return [module for part in parts for module in part.modules() if isinstance(module, Fusion)]
 
 
 class Fusion(nn.Module):
@@ -121,9 +140,28 @@ class Fusion(nn.Module):
         self.adapters = nn.ModuleList(adapters).requires_grad_(False)
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        added = torch.stack([adapter(h) for adapter in self.adapters], dim=-2)  # (..., N, d)
+        added = self.added(h)
         return (self.weights(h, added).unsqueeze(-2) @ self.V(added)).squeeze(-2)
+
+    def added(self, h: torch.Tensor) -> torch.Tensor:
+        """What each adapter adds: (..., N, d)."""
+        return torch.stack([adapter(h) for adapter in self.adapters], dim=-2)
 
     def weights(self, h: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
         """p (..., N)."""
         return (self.K(added) @ self.Q(h).unsqueeze(-1)).squeeze(-1).softmax(-1)
+
+    def cost(self) -> BranchCost:
+        """Raises NotImplementedError for adapters whose maps are not dense."""
+        d, n = self.V.weight.shape[0], len(self.adapters)
+        frozen = sum(adapter.cost().forward for adapter in self.adapters)
+        # an adapter's own numbers are frozen, so what it keeps serves the gradient of the input alone
+        widths = [a.down.weight.shape[0] for a in self.adapters if a.activation != "identity"]
+        return BranchCost(
+            keeps_input=True,  # for the gradient of Q
+            kept=d + n * (3 * d + 1),  # Q h; a_n, K a_n, V a_n and p_n
+            kept_input=sum(widths),
+            forward=2 * d * d + n * (4 * d * d + 4 * d) + frozen,
+            backward=2 * d * d + n * (4 * d * d + 8 * d),
+            backward_input=2 * d * d + n * 4 * d * d + frozen,
+        )
