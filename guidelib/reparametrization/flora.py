@@ -7,7 +7,8 @@ A: (n, r, d_in), B: (n, d_out, r) for n adapters; i is the example's one, a_ik a
 B_i, * element-wise.  Neither forms a weight per example.  Multiplying runs the base's product r times and
 nothing else; adding runs it once, and two thin products per example: fewer operations, of a kind that is slow
 on some hardware.  At the start W_i = W: B = 0 for add; for multiply a_i1 = b_i1 = 1 and further b_ik = 0 (our
-reading).  count = n r (d_in + d_out) per target.  The adapter in use merges if all examples share it.
+reading).  Weight decay would pull those ones, and with them W_i, to zero: train multiply without it.  count =
+n r (d_in + d_out) per target.  The adapter in use merges if all examples share it.
 """
 
 from __future__ import annotations
