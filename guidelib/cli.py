@@ -12,8 +12,8 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
 
 @app.command()
-def compare(name: Annotated[str, typer.Argument(help="lora, lora-sample, ...")]) -> None:
-    """Run a comparison of methods, or what is left of it, and store it in guidelib/results."""
+def compare(name: Annotated[str, typer.Argument(help="lora, transfer, ...")]) -> None:
+    """Run an experiment, or what is left of it, and store it in guidelib/results."""
     from guidelib import experiments
 
     if name not in experiments.COMPARISONS:

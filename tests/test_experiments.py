@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from test_training import TASK
@@ -13,6 +14,7 @@ import guidelib as gl
 from guidelib import experiments
 from guidelib.cli import app
 from guidelib.experiments import Comparison, best_rate, load_results, run, summary
+from guidelib.experiments.transfer import ALL, OWN, Transfer, Way
 
 TINY = Comparison(
     "tiny-bert",
@@ -29,6 +31,7 @@ RUNS = [
     ("lora", 1e-2, 0),
     ("head", 1e-2, 1),
 ]  # and lora's best with seed 1
+SCORED = {split: {"accuracy": 0.5, "loss": 1.0} for split in ("validation", "test")}
 
 
 @pytest.fixture
@@ -49,7 +52,7 @@ class Interrupted(Exception):
 
 
 def interrupt_after(monkeypatch, n):
-    done, once = [], experiments._run
+    done, once = [], Comparison.run
 
     def limited(*arguments):
         if len(done) == n:
@@ -57,7 +60,7 @@ def interrupt_after(monkeypatch, n):
         done.append(arguments)
         return once(*arguments)
 
-    monkeypatch.setattr(experiments, "_run", limited)
+    monkeypatch.setattr(Comparison, "run", limited)
     return done
 
 
@@ -96,7 +99,8 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tiny, monkeypatch):
 
 
 def test_a_run_is_repeatable(tiny):
-    first, second = (experiments._run(TINY, "lora", gl.LoRA(r=2), 1e-2, 0) for _ in range(2))
+    key = {"method": "lora", "lr": 1e-2, "seed": 0}
+    first, second = (TINY.run(key, {}, tiny) for _ in range(2))
     first.pop("seconds"), second.pop("seconds")
     assert first == second
 
@@ -105,7 +109,7 @@ def test_a_run_is_repeatable(tiny):
     "change", [dict(train=48), dict(seeds=(0,)), dict(methods={"head": (gl.HeadOnly(), (1.0,))})]
 )
 def test_a_file_of_other_settings_is_refused_and_kept(tiny, monkeypatch, change):
-    monkeypatch.setattr(experiments, "_run", lambda *arguments: pytest.fail("nothing may be run"))
+    monkeypatch.setattr(Comparison, "run", lambda *arguments: pytest.fail("nothing may be run"))
     path = tiny / "tiny.json"
     path.write_text(
         json.dumps({"settings": Comparison(**vars(TINY) | change).to_json(), "provenance": {}, "runs": []})
@@ -119,13 +123,10 @@ def test_a_file_of_other_settings_is_refused_and_kept(tiny, monkeypatch, change)
 def test_a_failure_while_writing_keeps_the_file_as_it_was(tiny, monkeypatch):
     made = iter(range(9))
 
-    def fake(comparison, label, method, lr, seed):
-        if next(made) == 1:
-            return {"method": label, "lr": lr, "seed": seed, "odd": object()}  # cannot be written as JSON
-        scores = {"accuracy": 0.5, "loss": 1.0}
-        return {"method": label, "lr": lr, "seed": seed, "validation": scores, "test": scores}
+    def fake(*arguments):
+        return {"odd": object()} if next(made) == 1 else SCORED  # cannot be written as JSON
 
-    monkeypatch.setattr(experiments, "_run", fake)
+    monkeypatch.setattr(Comparison, "run", fake)
     with pytest.raises(TypeError):
         run("tiny", tiny)
     assert keys(json.loads((tiny / "tiny.json").read_text())) == RUNS[:1]
@@ -141,13 +142,8 @@ def test_a_crash_in_the_middle_of_writing_does_not_break_the_file(tiny, monkeypa
         seen.append((self.name, target.name))
         return replace(self, target)
 
-    scores = {"accuracy": 0.5, "loss": 1.0}
     monkeypatch.setattr(type(tiny), "replace", watch)
-    monkeypatch.setattr(
-        experiments,
-        "_run",
-        lambda c, label, m, lr, seed: dict(method=label, lr=lr, seed=seed, validation=scores, test=scores),
-    )
+    monkeypatch.setattr(Comparison, "run", lambda *arguments: SCORED)
     run("tiny", tiny)
     assert len(seen) == 5 and {target for _, target in seen} == {"tiny.json"}
     assert "tiny.json" not in {source for source, _ in seen}
@@ -194,12 +190,18 @@ def test_the_summary_by_hand():
 
 
 @pytest.mark.parametrize("name", experiments.COMPARISONS)
-def test_the_comparisons_can_be_written_and_belong_to_what_is_there(name):
-    settings = experiments.COMPARISONS[name].to_json()
-    assert settings == json.loads(json.dumps(settings))
-    for method, rates in settings["methods"].values():
+def test_the_experiments_can_be_written_and_are_those_of_the_stored_results(name):
+    experiment = experiments.COMPARISONS[name]
+    settings = experiment.to_json()
+    assert settings == load_results(name)["settings"]
+    if isinstance(experiment, Comparison):
+        methods = [method for method, _ in settings["methods"].values()]
+        rates = [rates for _, rates in settings["methods"].values()]
+    else:
+        methods, rates = [settings["adapter"]], [way["rates"] for way in settings["ways"].values()]
+    for method in methods:
         assert gl.Method.from_json(method).to_json() == method
-        assert rates and all(rate > 0 for rate in rates)
+    assert all(each and all(rate > 0 for rate in each) for each in rates)
 
 
 def test_unknown_names(tiny):
@@ -210,6 +212,116 @@ def test_unknown_names(tiny):
     ):
         load_results("huge")
     assert not any(tiny.iterdir())
+
+
+# from domain to domain
+
+WAYS = {
+    OWN: Way("new", 32, 1, (1e-3, 1e-1)),
+    "few: head only": Way("head", 16, 1, (1e-2,)),
+    "few: the nearest adapter": Way("nearest", 16, 1, (1e-2,)),
+    "few: fusion of the others": Way("fusion of others", 16, 1, (1e-2,)),
+    "fusion of all": Way("fusion of all", 32, 1, (1e-2,)),
+    "one adapter for all": Way("pooled", 32, 1, (1e-2,)),
+}
+PLACES = ("here", "there", "elsewhere")
+TRANSFER = Transfer(
+    "tiny-bert", WAYS, domains=PLACES, adapter=gl.PfeifferAdapter(r=2), batch_size=16, seeds=(0, 1)
+)
+
+
+@pytest.fixture(scope="module")
+def transferred(tmp_path_factory):
+    """The stored result, and its folder."""
+    folder = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments, "COMPARISONS", {"moving": TRANSFER})
+        patch.setattr("guidelib.tasks.load_task", lambda name: replace(TASK, name=name))
+        run("moving", folder)
+    return json.loads((folder / "moving.json").read_text()), folder
+
+
+def made(result, label):
+    return [r for r in result["runs"] if r["method"] == label]
+
+
+def test_each_way_is_taken_on_each_domain_and_seed_at_one_rate(transferred):
+    result, _ = transferred
+    assert result["settings"] == TRANSFER.to_json()
+    for label in WAYS:
+        domains = (ALL,) if label == "one adapter for all" else PLACES
+        lr = best_rate(result, label)
+        found = [(r["domain"], r["seed"]) for r in made(result, label) if r["lr"] == lr]
+        assert sorted(found) == sorted((domain, seed) for domain in domains for seed in (0, 1))
+    tried = {(r["domain"], r["lr"]) for r in made(result, OWN) if r["seed"] == 0}
+    assert tried == {(domain, lr) for domain in PLACES for lr in (1e-3, 1e-1)}
+
+
+def test_what_each_way_trains(transferred):
+    result, _ = transferred
+    d, layers, head = 32, 2, 66
+    adapter, fusion = layers * (2 * d * 2 + 2 + d), layers * (3 * d * d + 2 * d)
+    trained = {label: {r["count"]["trainable"] - head for r in made(result, label)} for label in WAYS}
+    assert trained == {
+        OWN: {adapter},
+        "few: head only": {0},
+        "few: the nearest adapter": {adapter},
+        "few: fusion of the others": {fusion},
+        "fusion of all": {fusion},
+        "one adapter for all": {adapter},
+    }
+    stored = {label: made(result, label)[0]["count"]["stored"] - head for label in WAYS}
+    assert stored["few: fusion of the others"] == fusion + 2 * adapter
+    assert stored["fusion of all"] == fusion + 3 * adapter
+    steps = {label: {r["steps"] for r in made(result, label)} for label in WAYS}
+    assert steps[OWN] == {2} and steps["few: head only"] == {1} and steps["one adapter for all"] == {6}
+
+
+def test_scores_on_the_other_domains_choose_the_nearest(transferred):
+    result, _ = transferred
+    for run_ in made(result, OWN) + made(result, "one adapter for all"):
+        assert set(run_["across"]) == set(PLACES)
+    for run_ in made(result, OWN):
+        assert run_["across"][run_["domain"]]["test"] == run_["test"]
+    for run_ in made(result, "few: the nearest adapter"):
+        lr, domain = best_rate(result, OWN), run_["domain"]
+        others = {
+            r["domain"]: r["across"][domain]["validation"]["accuracy"]
+            for r in made(result, OWN)
+            if (r["lr"], r["seed"]) == (lr, run_["seed"]) and r["domain"] != domain
+        }
+        assert others[run_["nearest"]] == max(others.values())
+
+
+def test_the_weights_of_a_fusion_are_shares(transferred):
+    result, _ = transferred
+    for label, n in (("fusion of all", 3), ("few: fusion of the others", 2)):
+        for run_ in made(result, label):
+            assert [len(layer) for layer in run_["weights"]] == [n, n]
+            assert all(sum(layer) == pytest.approx(1, abs=1e-3) for layer in run_["weights"])
+    assert not any("weights" in r for r in made(result, OWN))
+
+
+def test_the_adapters_of_the_first_seed_are_kept_and_score_as_stored(transferred):
+    result, folder = transferred
+    lr = best_rate(result, OWN)
+    files = {place: folder / "moving" / f"{place}-0-{lr:g}.safetensors" for place in PLACES}
+    assert set((folder / "moving").iterdir()) == set(files.values())
+    for place, file in files.items():
+        model, tokenizer = gl.load_backbone("tiny-bert", TASK, seed=0)
+        gl.load(model, file)
+        stored = next(r for r in made(result, OWN) if (r["domain"], r["lr"], r["seed"]) == (place, lr, 0))
+        assert gl.evaluate(model, TASK, tokenizer) == stored["test"]
+
+
+def test_nothing_is_left_to_do(transferred, monkeypatch):
+    _, folder = transferred
+    monkeypatch.setattr(experiments, "COMPARISONS", {"moving": TRANSFER})
+    monkeypatch.setattr("guidelib.tasks.load_task", lambda name: replace(TASK, name=name))
+    monkeypatch.setattr(Transfer, "run", lambda *arguments: pytest.fail("nothing may be run"))
+    before = (folder / "moving.json").read_text()
+    run("moving", folder)
+    assert (folder / "moving.json").read_text() == before
 
 
 # the command
@@ -231,12 +343,7 @@ def test_the_command_helps(arguments):
 
 
 def test_the_command_runs_a_comparison(tiny, monkeypatch):
-    scores = {"accuracy": 0.5, "loss": 1.0}
-    monkeypatch.setattr(
-        experiments,
-        "_run",
-        lambda c, label, m, lr, seed: dict(method=label, lr=lr, seed=seed, validation=scores, test=scores),
-    )
+    monkeypatch.setattr(Comparison, "run", lambda *arguments: SCORED)
     monkeypatch.setattr(experiments.run, "__defaults__", (tiny,))  # bound when the module was imported
     outcome = CliRunner().invoke(app, ["compare", "tiny"])
     assert outcome.exit_code == 0, outcome.output
