@@ -16,6 +16,7 @@ from guidelib.additive.adapters.bottleneck import Adapter, ParallelAdapter, Pfei
 from guidelib.additive.adapters.drop import AdapterDrop
 from guidelib.experiments.base import best_rate
 from guidelib.experiments.comparison import Comparison, summary
+from guidelib.experiments.transfer import FEW, MANY, OWN, Transfer, Way
 from guidelib.method import expect
 from guidelib.reparametrization.adalora import AdaLoRA
 from guidelib.reparametrization.dora import DoRA
@@ -28,7 +29,7 @@ from guidelib.reparametrization.relora import ReLoRA
 from guidelib.reparametrization.said import IntrinsicSAID
 from guidelib.selective.anchors import FullFineTuning, HeadOnly
 
-__all__ = ["COMPARISONS", "RESULTS", "best_rate", "load_results", "run", "summary"]
+__all__ = ["COMPARISONS", "RESULTS", "adapters", "best_rate", "load_results", "run", "summary"]
 RESULTS = Path(__file__).parent.parent / "results"
 
 _HEAD, _FULL = HeadOnly(), FullFineTuning()
@@ -102,6 +103,19 @@ COMPARISONS = {
         },
         train=2000,
     ),
+    "transfer": Transfer(
+        "minilm",
+        {
+            OWN: Way("new", MANY, 1, _HIGHER),
+            "head only": Way("head", MANY, 1, (1e-2,)),
+            "few: head only": Way("head", FEW, 8, (1e-2,)),
+            "few: a new adapter": Way("new", FEW, 8, _MORE),
+            "few: the nearest adapter": Way("nearest", FEW, 8, (2e-4, 1e-3, 4e-3, 8e-3)),
+            "few: fusion of the others": Way("fusion of others", FEW, 8, (1e-4, 5e-4, 2e-3)),
+            "fusion of all four": Way("fusion of all", MANY, 1, (5e-5, 2e-4, 1e-3)),
+            "one adapter for all": Way("pooled", MANY, 1, (4e-3, 8e-3)),
+        },
+    ),
     # What the pretraining of tiny-t5 is worth: the same model and task with and without it.
     "tiny-t5": Comparison("tiny-t5", "modern-bible", **REWRITING),
     "tiny-t5-untrained": Comparison("tiny-t5-untrained", "modern-bible", **REWRITING),
@@ -142,3 +156,8 @@ def load_results(name: str) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"name: no result {name!r} is stored; `guidelib compare {name}` makes it")
     return json.loads(path.read_text())
+
+
+def adapters(name: str = "transfer") -> dict[str, Path]:
+    """The trained adapters that are stored beside a result, by domain."""
+    return COMPARISONS[name].kept(load_results(name), RESULTS / name)
