@@ -275,6 +275,7 @@ class Attachment:
         self.unmerge()  # or base weights that the file holds would have the method's effect in them as well
         try:
             save_file({name: t.contiguous() for name, t in self.state().items()}, temporary, self.metadata())
+            temporary.chmod(0o644)  # a temporary file is its owner's alone, an adapter is to be shared
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

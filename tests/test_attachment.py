@@ -691,6 +691,11 @@ def test_a_file_of_a_32_bit_base_loads_on_a_16_bit_one(tmp_path):
     assert torch.equal(loaded.parts[0].delta.B, attachment.parts[0].delta.B)
 
 
+def test_others_may_read_a_saved_file(bert, tmp_path):
+    path = gl.attach(bert, gl.LoRA(r=2)).save(tmp_path / "lora.safetensors")
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
 def test_a_loaded_method_can_be_trained_on_and_detached(saved):
     model = build("tiny-bert")
     before = Snapshot(model)

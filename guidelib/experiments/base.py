@@ -75,6 +75,7 @@ class Experiment(ABC):
         }
 
     def evaluate(self, model: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase) -> Row:
+        """The scores on the two splits that are not trained on."""
         from guidelib.training import evaluate
 
         return {
