@@ -113,7 +113,7 @@ COMPARISONS = {
             "few: the nearest adapter": Way("nearest", FEW, 8, (2e-4, 1e-3, 4e-3, 8e-3)),
             "few: fusion of the others": Way("fusion of others", FEW, 8, (1e-4, 5e-4, 2e-3)),
             "fusion of all four": Way("fusion of all", MANY, 1, (5e-5, 2e-4, 1e-3)),
-            "one adapter for all": Way("pooled", MANY, 1, (4e-3, 8e-3)),
+            "one adapter for all": Way("pooled", MANY, 1, _RATES),
         },
     ),
     # What the pretraining of tiny-t5 is worth: the same model and task with and without it.
