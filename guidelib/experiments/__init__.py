@@ -14,7 +14,7 @@ from typing import Any
 from guidelib.additive.adapters.adamix import AdaMix
 from guidelib.additive.adapters.bottleneck import Adapter, ParallelAdapter, PfeifferAdapter
 from guidelib.additive.adapters.drop import AdapterDrop
-from guidelib.experiments.base import best_rate
+from guidelib.experiments.base import at_best_rate, best_rate
 from guidelib.experiments.comparison import Comparison, summary
 from guidelib.experiments.transfer import FEW, MANY, OWN, Transfer, Way
 from guidelib.method import expect
@@ -29,7 +29,16 @@ from guidelib.reparametrization.relora import ReLoRA
 from guidelib.reparametrization.said import IntrinsicSAID
 from guidelib.selective.anchors import FullFineTuning, HeadOnly
 
-__all__ = ["COMPARISONS", "RESULTS", "adapters", "best_rate", "load_results", "run", "summary"]
+__all__ = [
+    "COMPARISONS",
+    "RESULTS",
+    "adapters",
+    "at_best_rate",
+    "best_rate",
+    "load_results",
+    "run",
+    "summary",
+]
 RESULTS = Path(__file__).parent.parent / "results"
 
 _HEAD, _FULL = HeadOnly(), FullFineTuning()

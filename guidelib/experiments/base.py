@@ -95,6 +95,12 @@ def best_rate(result: Row, label: str) -> float:
     return max(tried, key=lambda lr: [statistics.mean(values) for values in zip(*tried[lr], strict=True)])
 
 
+def at_best_rate(result: Row, label: str) -> list[Row]:
+    """The runs of ``label`` at its best learning rate, all seeds."""
+    lr = best_rate(result, label)
+    return [run for run in result["runs"] if (run["method"], run["lr"]) == (label, lr)]
+
+
 def score(scores: dict[str, float]) -> float:
     """Accuracy in per cent, or chrF, which goes to 100, too."""
     return 100 * scores["accuracy"] if "accuracy" in scores else scores["chrf"]

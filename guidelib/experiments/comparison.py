@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from guidelib.attaching import attach
-from guidelib.experiments.base import Experiment, Row, best_rate, score
+from guidelib.experiments.base import Experiment, Row, at_best_rate, best_rate, score
 from guidelib.method import Method
 
 
@@ -61,12 +61,11 @@ def summary(result: Row) -> list[Row]:
     """A row per method: learning rate, seeds, mean and standard deviation of the test score (0 to 100)."""
     rows = []
     for label in result["settings"]["methods"]:
-        lr = best_rate(result, label)
-        scores = [score(r["test"]) for r in result["runs"] if (r["method"], r["lr"]) == (label, lr)]
+        scores = [score(run["test"]) for run in at_best_rate(result, label)]
         rows.append(
             {
                 "method": label,
-                "lr": lr,
+                "lr": best_rate(result, label),
                 "seeds": len(scores),
                 "mean": statistics.mean(scores),
                 "deviation": statistics.stdev(scores) if len(scores) > 1 else float("nan"),

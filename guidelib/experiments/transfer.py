@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from guidelib.additive.adapters.bottleneck import PfeifferAdapter
 from guidelib.additive.adapters.fusion import AdapterFusion
 from guidelib.attaching import Attachment, attach, load
-from guidelib.experiments.base import Experiment, Row, best_rate, score
+from guidelib.experiments.base import Experiment, Row, at_best_rate, best_rate, score
 from guidelib.method import Spec
 from guidelib.selective.anchors import HeadOnly
 
@@ -73,9 +73,12 @@ class Transfer(Experiment):
         model, tokenizer = load_backbone(self.backbone, task, seed=seed)
         attachment, row = self._start(model, way, domain, seed, result, folder)
         trained = self.fit(model, task, tokenizer, lr, way.epochs, seed)
-        row |= self.evaluate(model, task, tokenizer) | trained
+        across = {}
         if key["method"] == OWN or domain == ALL:
-            row["across"] = {name: self.evaluate(model, other, tokenizer) for name, other in tasks.items()}
+            across = {name: self.evaluate(model, other, tokenizer) for name, other in tasks.items()}
+            row["across"] = across
+        row |= across[domain] if domain in across else self.evaluate(model, task, tokenizer)
+        row |= trained
         if isinstance(attachment.method, AdapterFusion):
             row["weights"] = _mean_weights(attachment, task, tokenizer, self.max_length)
         if key["method"] == OWN:
@@ -95,7 +98,7 @@ class Transfer(Experiment):
         if way.start == "nearest":
             fits = {
                 run["domain"]: score(run["across"][domain]["validation"])
-                for run in _at_best_rate(result, OWN)
+                for run in at_best_rate(result, OWN)
                 if run["seed"] == seed and run["domain"] != domain
             }
             nearest = max(fits, key=fits.get)
@@ -149,7 +152,7 @@ def scores(result: Row) -> dict[str, dict[str, list[float]]]:
     domains = result["settings"]["domains"]
     found = {label: {domain: [] for domain in domains} for label in result["settings"]["ways"]}
     for label in found:
-        for run in _at_best_rate(result, label):
+        for run in at_best_rate(result, label):
             tests = {run["domain"]: run["test"]}
             if run["domain"] == ALL:
                 tests = {domain: run["across"][domain]["test"] for domain in domains}
@@ -162,12 +165,7 @@ def across(result: Row) -> dict[str, dict[str, list[float]]]:
     """Test accuracy in per cent of each domain's adapter (and head) on each domain, one for each seed."""
     domains = result["settings"]["domains"]
     found = {trained: {tested: [] for tested in domains} for trained in domains}
-    for run in _at_best_rate(result, OWN):
+    for run in at_best_rate(result, OWN):
         for tested in domains:
             found[run["domain"]][tested].append(score(run["across"][tested]["test"]))
     return found
-
-
-def _at_best_rate(result: Row, label: str) -> list[Row]:
-    lr = best_rate(result, label)
-    return [run for run in result["runs"] if (run["method"], run["lr"]) == (label, lr)]
