@@ -15,12 +15,13 @@ _MODULES = {
     "guidelib.additive.adapters.drop": ("AdapterDrop",),
     "guidelib.additive.adapters.fusion": ("AdapterFusion",),
     "guidelib.additive.adapters.linear": ("Dense",),
-    "guidelib.backbones": ("load_backbone",),
+    "guidelib.materials.backbones": ("load_backbone",),
     "guidelib.costs": ("Costs", "measure", "memory_plan"),
-    "guidelib.environment": ("device", "require", "setup", "versions"),
-    "guidelib.exercises": ("check",),
-    "guidelib.attaching": ("Attachment", "Count", "attach", "attached", "load"),
-    "guidelib.method": ("Method", "On", "Sum"),
+    "guidelib.machine": ("device", "versions"),
+    "guidelib.pages.environment": ("require", "setup"),
+    "guidelib.pages.exercises": ("check",),
+    "guidelib.core.attaching": ("Attachment", "Count", "attach", "attached", "load"),
+    "guidelib.core.method": ("Method", "On", "Sum"),
     "guidelib.reparametrization.adalora": ("AdaLoRA",),
     "guidelib.reparametrization.flora": ("FLoRA", "load_loras", "using"),
     "guidelib.reparametrization.krona": ("KronA",),
@@ -32,11 +33,22 @@ _MODULES = {
     "guidelib.reparametrization.relora": ("ReLoRA",),
     "guidelib.reparametrization.said": ("IntrinsicSAID",),
     "guidelib.selective.anchors": ("FullFineTuning", "HeadOnly"),
-    "guidelib.tasks": ("Task", "load_task"),
-    "guidelib.training": ("evaluate", "fit"),
-    "guidelib.viz": ("panel", "show_source", "slider", "style", "table"),
+    "guidelib.materials.tasks": ("Task", "load_task"),
+    "guidelib.training.fit": ("evaluate", "fit"),
+    "guidelib.pages.viz": ("panel", "show_source", "slider", "style", "table"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
+_SHORT = {  # modules that pages use often, by their last name
+    module.rsplit(".", 1)[-1]: module
+    for module in (
+        "guidelib.core.anatomy",
+        "guidelib.core.method",
+        "guidelib.costs.closed_form",
+        "guidelib.pages.viz",
+        "guidelib.training.recompute",
+        "guidelib.training.text2text",
+    )
+}
 
 METHODS = {  # by the survey's classes; the anchors belong to none
     "anchors": ("FullFineTuning", "HeadOnly"),
@@ -60,7 +72,7 @@ def __getattr__(name: str):
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     try:
-        return importlib.import_module(f"guidelib.{name}")  # a submodule, as in guidelib.costs
+        return importlib.import_module(_SHORT.get(name, f"guidelib.{name}"))  # a module, as in guidelib.costs
     except ModuleNotFoundError as error:
         if error.name != f"guidelib.{name}":
             raise  # the module is there, but something that it needs is not installed

@@ -13,7 +13,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
 @app.command()
 def compare(name: Annotated[str, typer.Argument(help="lora, transfer, ...")]) -> None:
-    """Run an experiment, or what is left of it, and store it in guidelib/results."""
+    """Run an experiment, or what is left of it, and store it in guidelib/experiments/results."""
     from guidelib import experiments
 
     if name not in experiments.COMPARISONS:
@@ -31,7 +31,7 @@ def rebuild(
 
     The exit code is 1 if one of them is not, byte for byte, the file that this version was made with.
     """
-    from guidelib import tasks
+    from guidelib.materials import tasks
 
     if not tasks.rebuild_task(*[name] if name else [], source_dir=sources, out_dir=out):
         raise typer.Exit(1)
@@ -60,7 +60,7 @@ def pretrain(
 @app.command()
 def benchmark(pairs: Annotated[int, typer.Option(help="turns to take")] = 15) -> None:
     """Print the step time of each method as a ratio to full fine-tuning, on this machine."""
-    from guidelib.benchmark import step_ratios
+    from guidelib.costs.benchmark import step_ratios
 
     for row in step_ratios(pairs=pairs):
         low, high = row["quartiles"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from guidelib.method import expect
+from guidelib.core.method import expect
 
 
 @dataclass(frozen=True)

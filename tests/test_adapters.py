@@ -19,10 +19,10 @@ from transformers import AutoConfig, AutoModel, BertConfig, BertModel
 import guidelib as gl
 from guidelib.additive.adapters.adamix import Experts, disagreement
 from guidelib.additive.adapters.linear import Linears
-from guidelib.anatomy import Anatomy
-from guidelib.attachment.sublayer import SublayerPart
-from guidelib.backbones import MeanPoolClassifier
-from guidelib.method import Spec
+from guidelib.core.anatomy import Anatomy
+from guidelib.core.method import Spec
+from guidelib.core.points.sublayer import SublayerPart
+from guidelib.materials.backbones import MeanPoolClassifier
 
 # AdapterHub's library; tests/golden/make_adapters.py wrote the file
 

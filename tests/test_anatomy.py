@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel, ViTConfig, ViTModel
 from transformers.pytorch_utils import Conv1D
 
 import guidelib as gl
-from guidelib.anatomy import ARCHITECTURES, Anatomy
+from guidelib.core.anatomy import ARCHITECTURES, Anatomy
 
 SIZES = {  # by the configurations' various names; what one of them does not know it ignores
     **dict(vocab_size=50, pad_token_id=0, bos_token_id=1, eos_token_id=1, max_position_embeddings=64),

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel
 
 import guidelib as gl
-from guidelib.attachment.weight_delta import Delta, DeltaPart, WeightDelta
-from guidelib.attachment.weight_space import WeightSpacePart
-from guidelib.backbones import MeanPoolClassifier
-from guidelib.method import On, Spec, Sum
+from guidelib.core.method import On, Spec, Sum
+from guidelib.core.points.weight_delta import Delta, DeltaPart, WeightDelta
+from guidelib.core.points.weight_space import WeightSpacePart
+from guidelib.materials.backbones import MeanPoolClassifier
 
 
 class Snapshot:
@@ -532,7 +532,7 @@ def test_a_failure_while_saving_leaves_no_half_file(bert, tmp_path, monkeypatch,
         target.write_bytes(b"half a fi")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("guidelib.attaching.save_file", full_disk)
+    monkeypatch.setattr("guidelib.core.attaching.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         attachment.save(path)
     assert list(tmp_path.iterdir()) == ([path] if existing else [])

@@ -12,10 +12,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from guidelib import checkpoints
-from guidelib.backbones import _NAMED, _TINY, MeanPoolClassifier, load_backbone
-from guidelib.checkpoints import MINILM_HUB, MINILM_SHA256, SMOLLM2_GGUF, minilm_folder
-from guidelib.tasks import load_task
+from guidelib.materials import checkpoints
+from guidelib.materials.backbones import _NAMED, _TINY, MeanPoolClassifier, load_backbone
+from guidelib.materials.checkpoints import MINILM_HUB, MINILM_SHA256, SMOLLM2_GGUF, minilm_folder
+from guidelib.materials.tasks import load_task
 
 ROOT = Path(__file__).parent.parent
 ENCODERS = ("tiny-bert", "tiny-roberta", "tiny-distilbert")

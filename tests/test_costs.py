@@ -19,9 +19,10 @@ from common import (
 from transformers import BertConfig, BertForSequenceClassification
 
 import guidelib as gl
-from guidelib import closed_form, costs
-from guidelib.backbones import MeanPoolClassifier
-from guidelib.method import Sum
+from guidelib import costs
+from guidelib.core.method import Sum
+from guidelib.costs import closed_form
+from guidelib.materials.backbones import MeanPoolClassifier
 
 METHODS = {
     "full": gl.FullFineTuning(),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import guidelib
-from guidelib import environment
+from guidelib.pages import environment
 
 
 @pytest.fixture(autouse=True)
@@ -166,7 +166,7 @@ import transformers, datasets, huggingface_hub, json
 print(json.dumps([transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled(),
     datasets.are_progress_bars_disabled(), huggingface_hub.utils.are_progress_bars_disabled()]))
 """
-SET = "import guidelib.environment as environment; environment.setup()\n"
+SET = "import guidelib.pages.environment as environment; environment.setup()\n"
 
 
 @pytest.mark.parametrize(

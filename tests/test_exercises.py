@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from guidelib.exercises import check
+from guidelib.pages.exercises import check
 
 
 @pytest.fixture
@@ -273,7 +273,8 @@ def test_tolerance(told):
 
 def test_torch_is_not_imported():
     code = (
-        "import sys; from guidelib.exercises import check; check([1.5], [2]); print('torch' in sys.modules)"
+        "import sys; from guidelib.pages.exercises import check; "
+        "check([1.5], [2]); print('torch' in sys.modules)"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=True

@@ -39,7 +39,7 @@ def tiny(monkeypatch, tmp_path):
     """The folder of results, with one comparison to run."""
     monkeypatch.setattr(experiments, "COMPARISONS", {"tiny": TINY})
     monkeypatch.setattr(experiments, "RESULTS", tmp_path)
-    monkeypatch.setattr("guidelib.tasks.load_task", lambda name: {"two words": TASK}[name])
+    monkeypatch.setattr("guidelib.materials.tasks.load_task", lambda name: {"two words": TASK}[name])
     return tmp_path
 
 
@@ -236,7 +236,7 @@ def transferred(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiments, "COMPARISONS", {"moving": TRANSFER})
-        patch.setattr("guidelib.tasks.load_task", lambda name: replace(TASK, name=name))
+        patch.setattr("guidelib.materials.tasks.load_task", lambda name: replace(TASK, name=name))
         run("moving", folder)
     return json.loads((folder / "moving.json").read_text()), folder
 
@@ -317,7 +317,7 @@ def test_the_adapters_of_the_first_seed_are_kept_and_score_as_stored(transferred
 def test_nothing_is_left_to_do(transferred, monkeypatch):
     _, folder = transferred
     monkeypatch.setattr(experiments, "COMPARISONS", {"moving": TRANSFER})
-    monkeypatch.setattr("guidelib.tasks.load_task", lambda name: replace(TASK, name=name))
+    monkeypatch.setattr("guidelib.materials.tasks.load_task", lambda name: replace(TASK, name=name))
     monkeypatch.setattr(Transfer, "run", lambda *arguments: pytest.fail("nothing may be run"))
     before = (folder / "moving.json").read_text()
     run("moving", folder)

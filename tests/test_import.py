@@ -65,8 +65,8 @@ def test_a_star_import_gives_every_public_name():
 
 
 def test_submodules_are_reached_as_attributes():
-    code = "import guidelib, json; print(json.dumps([guidelib.cli.__name__, guidelib.environment.__name__]))"
-    assert fresh(code) == ["guidelib.cli", "guidelib.environment"]
+    code = "import guidelib, json; print(json.dumps([guidelib.cli.__name__, guidelib.viz.__name__]))"
+    assert fresh(code) == ["guidelib.cli", "guidelib.pages.viz"]
 
 
 def test_a_name_that_is_not_there_is_an_attribute_error():
@@ -91,7 +91,7 @@ import sys, json
 sys.modules["safetensors"] = None  # as if it were not installed
 import guidelib
 try:
-    guidelib.attaching
+    guidelib.costs
 except Exception as error:
     print(json.dumps([type(error).__name__, "safetensors" in str(error)]))
 """

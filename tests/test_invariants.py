@@ -11,9 +11,9 @@ from common import BACKBONES, DECODERS, ENCODERS, METHOD_CASES, SEQ2SEQ, batch, 
 from torch.func import functional_call
 
 import guidelib as gl
-from guidelib.anatomy import ADDED
-from guidelib.attachment.weight_delta import DeltaPart
-from guidelib.attachment.weight_space import WeightSpacePart
+from guidelib.core.anatomy import ADDED
+from guidelib.core.points.weight_delta import DeltaPart
+from guidelib.core.points.weight_space import WeightSpacePart
 
 CASES = [
     (case, backbone)

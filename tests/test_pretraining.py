@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
-from guidelib.data import KJV, WEB, WORDNET, packages
+from guidelib.materials.data import KJV, WEB, WORDNET, packages
+from guidelib.materials.tasks import load_task
 from guidelib.pretraining import corpus as corpora
 from guidelib.pretraining.corpus import AUSTEN, GOSPELS, Corpus, corpus, windows
 from guidelib.pretraining.train import (
@@ -31,7 +32,6 @@ from guidelib.pretraining.train import (
     spoil,
     train_tokenizer,
 )
-from guidelib.tasks import load_task
 
 # ---- the text
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import guidelib as gl
 from guidelib import costs
-from guidelib.recompute import keep_less
+from guidelib.training.recompute import keep_less
 
 CASES = [
     (case, backbone)

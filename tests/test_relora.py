@@ -12,8 +12,9 @@ from test_training import QUICK, TASK, TOKENIZER
 from transformers import AutoConfig, AutoModel
 
 import guidelib as gl
-from guidelib import costs, training
-from guidelib.anatomy import Anatomy
+from guidelib import costs
+from guidelib.core.anatomy import Anatomy
+from guidelib.training import fit as training
 
 PLACES = [
     ("tiny-bert", "all"),

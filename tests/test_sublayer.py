@@ -13,9 +13,9 @@ from torch import nn
 
 import guidelib as gl
 from guidelib.additive.adapters.bottleneck import Bottleneck
-from guidelib.anatomy import ARCHITECTURES, Anatomy, Sublayer
-from guidelib.attachment.sublayer import SublayerHook, SublayerPart
-from guidelib.attachment.weight_delta import DeltaPart
+from guidelib.core.anatomy import ARCHITECTURES, Anatomy, Sublayer
+from guidelib.core.points.sublayer import SublayerHook, SublayerPart
+from guidelib.core.points.weight_delta import DeltaPart
 from guidelib.reparametrization.lora import LowRank
 
 

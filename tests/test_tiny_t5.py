@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import guidelib as gl
-from guidelib import checkpoints
-from guidelib.checkpoints import TINY_T5_SHA256, tiny_t5_folder
 from guidelib.experiments import load_results, summary
+from guidelib.materials import checkpoints
+from guidelib.materials.checkpoints import TINY_T5_SHA256, tiny_t5_folder
 from guidelib.pretraining.card import CURVE, main, model_card
 from guidelib.pretraining.train import MASK, Text, held_out_losses
-from guidelib.text2text import generate
+from guidelib.training.text2text import generate
 
 PAGE = Path(__file__).parent.parent / "book" / "tiny-t5.md"
 

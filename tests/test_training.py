@@ -14,9 +14,9 @@ import transformers
 from common import build
 
 import guidelib as gl
-from guidelib import training
-from guidelib.attaching import Attachment
-from guidelib.method import Method
+from guidelib.core.attaching import Attachment
+from guidelib.core.method import Method
+from guidelib.training import fit as training
 
 WORDS = ("the", "a", "book", "story", "long", "read", "we", "it")
 

@@ -19,8 +19,8 @@ from matplotlib.colors import to_rgb
 from nbclient import NotebookClient
 from PIL import Image
 
-import guidelib.costs
-from guidelib import viz
+import guidelib.costs.measure
+from guidelib.pages import viz
 
 # How a colour looks with a kind of colour blindness, for linear RGB: Machado, Oliveira and Fernandes 2009.
 SIGHT = {
@@ -246,7 +246,7 @@ def test_panel_in_a_kernel_shows_output_figure_result_and_error(live):
     cells = [
         """
         import matplotlib.pyplot as plt
-        from guidelib import viz
+        from guidelib.pages import viz
         def compute(r):
             print("rank", r)
             with viz.style():
@@ -322,7 +322,7 @@ def test_show_source():
     assert repr(viz.show_source(Fenced.method)) == "def method(self):\n    return 1"
     whole = viz.show_source(viz)._repr_mimebundle_()
     assert (
-        whole["text/markdown"].startswith("`guidelib/viz.py`\n")
+        whole["text/markdown"].startswith("`guidelib/pages/viz.py`\n")
         and '"""Figures, sliders' in whole["text/plain"]
     )
     assert (

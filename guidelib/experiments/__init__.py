@@ -2,7 +2,7 @@
 on the pages.
 
 ``guidelib compare lora`` runs the experiment of that name, or what is left of it, and writes
-guidelib/results/lora.json after every run, so that an interrupted one goes on where it stopped.
+guidelib/experiments/results/lora.json after every run, so that an interrupted one goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 from guidelib.additive.adapters.adamix import AdaMix
 from guidelib.additive.adapters.bottleneck import Adapter, ParallelAdapter, PfeifferAdapter
 from guidelib.additive.adapters.drop import AdapterDrop
+from guidelib.core.method import expect
 from guidelib.experiments.base import at_best_rate, best_rate
 from guidelib.experiments.comparison import Comparison, summary
 from guidelib.experiments.transfer import FEW, MANY, OWN, Transfer, Way
-from guidelib.method import expect
 from guidelib.reparametrization.adalora import AdaLoRA
 from guidelib.reparametrization.dora import DoRA
 from guidelib.reparametrization.flora import FLoRA
@@ -39,7 +39,7 @@ __all__ = [
     "run",
     "summary",
 ]
-RESULTS = Path(__file__).parent.parent / "results"
+RESULTS = Path(__file__).parent / "results"
 
 _HEAD, _FULL = HeadOnly(), FullFineTuning()
 _QV, _RATES, _HIGHER = ("q", "v"), (2e-3, 4e-3, 8e-3), (4e-3, 8e-3, 16e-3)
@@ -136,7 +136,7 @@ def run(name: str, folder: Path = RESULTS) -> Path:
     the file was made with other settings or versions."""
     expect(name in COMPARISONS, "name", name, f"one of {', '.join(COMPARISONS)}")
     experiment, path = COMPARISONS[name], folder / f"{name}.json"
-    from guidelib.environment import versions
+    from guidelib.machine import versions
 
     result = {"settings": experiment.to_json(), "provenance": versions(), "runs": []}
     if path.exists():

@@ -11,13 +11,13 @@ from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from guidelib.attaching import attached
-from guidelib.method import expect
+from guidelib.core.attaching import attached
+from guidelib.core.method import expect
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from guidelib.tasks import Task
+    from guidelib.materials.tasks import Task
 
 Row = dict[str, Any]  # a result, a run, what names one, scores: as JSON has them
 
@@ -63,7 +63,7 @@ class Experiment(ABC):
     ) -> Row:
         """Train what is attached, and what the training says of itself; the count is that of what is left
         then."""
-        from guidelib.training import fit
+        from guidelib.training.fit import fit
 
         settings = {"head_lr": self.head_lr, "batch_size": self.batch_size, "max_length": self.max_length}
         trained = fit(model, task, tokenizer, lr=lr, epochs=epochs, seed=seed, **settings)
@@ -76,7 +76,7 @@ class Experiment(ABC):
 
     def evaluate(self, model: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase) -> Row:
         """The scores on the two splits that are not trained on."""
-        from guidelib.training import evaluate
+        from guidelib.training.fit import evaluate
 
         return {
             split: evaluate(model, task, tokenizer, split=split, max_length=self.max_length)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from guidelib.attaching import attach
+from guidelib.core.attaching import attach
+from guidelib.core.method import Method
 from guidelib.experiments.base import Experiment, Row, at_best_rate, best_rate, score
-from guidelib.method import Method
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Comparison(Experiment):
                 yield {"method": label, "lr": best_rate(result, label), "seed": seed}
 
     def run(self, key: Row, result: Row, folder: Path) -> Row:
-        from guidelib.backbones import load_backbone
-        from guidelib.tasks import load_task
+        from guidelib.materials.backbones import load_backbone
+        from guidelib.materials.tasks import load_task
 
         lr, seed = key["lr"], key["seed"]
         task = load_task(self.task).subset(train=self.train, seed=seed)
@@ -48,8 +48,8 @@ class Comparison(Experiment):
         return self.evaluate(model, task, tokenizer) | trained
 
     def facts(self) -> Row:
-        from guidelib.tasks import load_task
-        from guidelib.text2text import score
+        from guidelib.materials.tasks import load_task
+        from guidelib.training.text2text import score
 
         if (task := load_task(self.task)).kind != "text2text":
             return {}

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 
 from guidelib.additive.adapters.bottleneck import PfeifferAdapter
 from guidelib.additive.adapters.fusion import AdapterFusion
-from guidelib.attaching import Attachment, attach, load
+from guidelib.core.attaching import Attachment, attach, load
+from guidelib.core.method import Spec
 from guidelib.experiments.base import Experiment, Row, at_best_rate, best_rate, score
-from guidelib.method import Spec
 from guidelib.selective.anchors import HeadOnly
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from guidelib.tasks import Task
+    from guidelib.materials.tasks import Task
 
 DOMAINS = ("movie-reviews", "amazon", "news-comments", "tweets")  # one question, the same two labels
 ALL = "all"  # the domain of a run that is trained on all of them
@@ -64,8 +64,8 @@ class Transfer(Experiment):
                     yield {"method": label, "domain": domain, "lr": best_rate(result, label), "seed": seed}
 
     def run(self, key: Row, result: Row, folder: Path) -> Row:
-        from guidelib.backbones import load_backbone
-        from guidelib.tasks import load_task
+        from guidelib.materials.backbones import load_backbone
+        from guidelib.materials.tasks import load_task
 
         way, domain, lr, seed = self.ways[key["method"]], key["domain"], key["lr"], key["seed"]
         tasks = {name: load_task(name).subset(train=way.train, seed=seed) for name in self.domains}
@@ -141,7 +141,7 @@ def _pool(tasks: list[Task]) -> Task:
     """The tasks as one."""
     from datasets import concatenate_datasets
 
-    from guidelib.tasks import SPLITS
+    from guidelib.materials.tasks import SPLITS
 
     splits = {split: concatenate_datasets([getattr(task, split) for task in tasks]) for split in SPLITS}
     return replace(tasks[0], name=ALL, **splits)

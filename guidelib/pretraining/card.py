@@ -13,9 +13,9 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from guidelib import viz
-from guidelib.checkpoints import tiny_t5_folder
 from guidelib.experiments import RESULTS, best_rate
+from guidelib.materials.checkpoints import tiny_t5_folder
+from guidelib.pages import viz
 from guidelib.pretraining.corpus import AUSTEN, KJV, WEB, WORDNET
 
 CURVE = "tiny-t5-losses.svg"

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from guidelib.data import KJV, WEB, WORDNET, Source, packages, web_text
+from guidelib.materials.data import KJV, WEB, WORDNET, Source, packages, web_text
 
 AUSTEN = Source(
     package="r-cran-janeaustenr=1.0.0-1",

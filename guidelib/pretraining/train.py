@@ -29,9 +29,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from guidelib.checkpoints import no_progress_bars
-from guidelib.environment import versions
-from guidelib.method import expect
+from guidelib.core.method import expect
+from guidelib.machine import versions
+from guidelib.materials.checkpoints import no_progress_bars
 from guidelib.pretraining.corpus import Corpus
 
 SENTINELS = tuple(f"<extra_id_{i}>" for i in range(32))

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from guidelib.anatomy import Site, Targets
-from guidelib.attachment.weight_delta import BranchCost, Delta
+from guidelib.core.anatomy import Site, Targets
+from guidelib.core.points.weight_delta import BranchCost, Delta
 from guidelib.reparametrization.lora import LoRA, LowRank
 
 

@@ -25,10 +25,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from guidelib.anatomy import Site, Targets
-from guidelib.attaching import Attachment, attach, attached, load
-from guidelib.attachment.weight_delta import BranchCost, Delta, DeltaPart, WeightDelta, added_dtype
-from guidelib.method import expect
+from guidelib.core.anatomy import Site, Targets
+from guidelib.core.attaching import Attachment, attach, attached, load
+from guidelib.core.method import expect
+from guidelib.core.points.weight_delta import BranchCost, Delta, DeltaPart, WeightDelta, added_dtype
 from guidelib.reparametrization.lora import LoRA
 
 

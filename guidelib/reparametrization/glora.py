@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from guidelib.anatomy import Site, Targets
-from guidelib.attachment.weight_delta import BranchCost, Delta, WeightDelta, added_dtype
-from guidelib.method import expect
+from guidelib.core.anatomy import Site, Targets
+from guidelib.core.method import expect
+from guidelib.core.points.weight_delta import BranchCost, Delta, WeightDelta, added_dtype
 
 FORMS = {
     **dict.fromkeys("AB", ("lora", "vector", "scalar", "none")),

@@ -23,10 +23,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from guidelib.anatomy import Site, Targets
-from guidelib.attaching import attached
-from guidelib.attachment.weight_space import WeightSpacePart
-from guidelib.method import Method, expect
+from guidelib.core.anatomy import Site, Targets
+from guidelib.core.attaching import attached
+from guidelib.core.method import Method, expect
+from guidelib.core.points.weight_space import WeightSpacePart
 
 SCALES = 256  # scales that share one step in double quantisation
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from guidelib.anatomy import Targets
+from guidelib.core.anatomy import Targets
 from guidelib.reparametrization.lora import LoRA
 from guidelib.reparametrization.nf4 import NF4
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from guidelib.anatomy import Anatomy, Targets
-from guidelib.method import expect
+from guidelib.core.anatomy import Anatomy, Targets
+from guidelib.core.method import expect
 from guidelib.reparametrization.lora import LoRA
 
 

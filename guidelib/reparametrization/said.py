@@ -25,11 +25,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from guidelib.anatomy import Anatomy
-from guidelib.attachment.part import Part
-from guidelib.attachment.weight_delta import added_dtype
-from guidelib.attachment.weight_space import WeightSpacePart
-from guidelib.method import Method, expect
+from guidelib.core.anatomy import Anatomy
+from guidelib.core.method import Method, expect
+from guidelib.core.points.part import Part
+from guidelib.core.points.weight_delta import added_dtype
+from guidelib.core.points.weight_space import WeightSpacePart
 from guidelib.reparametrization.fastfood import Fastfood
 
 DENSE_LIMIT = 10**8  # numbers: 400 MB

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from guidelib.anatomy import Anatomy
-from guidelib.attachment.selection import Selection
+from guidelib.core.anatomy import Anatomy
+from guidelib.core.points.selection import Selection
 
 
 @dataclass(frozen=True)

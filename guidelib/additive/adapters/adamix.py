@@ -27,10 +27,10 @@ from torch import nn
 from torch.func import functional_call
 
 from guidelib.additive.adapters.bottleneck import Adapter
-from guidelib.anatomy import Sublayer, Targets
-from guidelib.attaching import Attachment
-from guidelib.attachment.sublayer import part_name
-from guidelib.method import expect
+from guidelib.core.anatomy import Sublayer, Targets
+from guidelib.core.attaching import Attachment
+from guidelib.core.method import expect
+from guidelib.core.points.sublayer import part_name
 
 SHARED = ("up", "down", "none")
 

@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from guidelib.additive.adapters.linear import Dense, Linears
-from guidelib.anatomy import Anatomy, Sublayer, Targets
-from guidelib.attachment.sublayer import SublayerHook
-from guidelib.attachment.weight_delta import BranchCost
-from guidelib.method import expect
+from guidelib.core.anatomy import Anatomy, Sublayer, Targets
+from guidelib.core.method import expect
+from guidelib.core.points.sublayer import SublayerHook
+from guidelib.core.points.weight_delta import BranchCost
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,

@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from guidelib.additive.adapters.bottleneck import PfeifferAdapter
-from guidelib.anatomy import Anatomy
-from guidelib.attachment.part import Part
-from guidelib.attachment.sublayer import SublayerPart
-from guidelib.method import Method, Wrapper, expect
+from guidelib.core.anatomy import Anatomy
+from guidelib.core.method import Method, Wrapper, expect
+from guidelib.core.points.part import Part
+from guidelib.core.points.sublayer import SublayerPart
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,12 @@ import torch
 from torch import nn
 
 from guidelib.additive.adapters.bottleneck import Bottleneck, PfeifferAdapter
-from guidelib.anatomy import Anatomy, Sublayer
-from guidelib.attaching import Attachment, read
-from guidelib.attachment.part import Part
-from guidelib.attachment.sublayer import SublayerPart
-from guidelib.attachment.weight_delta import BranchCost, added_dtype
-from guidelib.method import Method, expect
+from guidelib.core.anatomy import Anatomy, Sublayer
+from guidelib.core.attaching import Attachment, read
+from guidelib.core.method import Method, expect
+from guidelib.core.points.part import Part
+from guidelib.core.points.sublayer import SublayerPart
+from guidelib.core.points.weight_delta import BranchCost, added_dtype
 
 
 @dataclass(frozen=True)

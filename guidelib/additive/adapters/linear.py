@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from guidelib.anatomy import Sublayer
-from guidelib.attachment.weight_delta import added_dtype
-from guidelib.method import Spec, expect
+from guidelib.core.anatomy import Sublayer
+from guidelib.core.method import Spec, expect
+from guidelib.core.points.weight_delta import added_dtype
 
 Pair = tuple[nn.Module, nn.Module]
 INITS = ("houlsby", "bert", "zero up")

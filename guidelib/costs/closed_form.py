@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from guidelib.anatomy import ADDED, Anatomy, Site
-from guidelib.attachment.sublayer import SublayerPart
-from guidelib.attachment.weight_delta import BranchCost, DeltaPart
+from guidelib.core.anatomy import ADDED, Anatomy, Site
+from guidelib.core.points.sublayer import SublayerPart
+from guidelib.core.points.weight_delta import BranchCost, DeltaPart
 
 COVERED = ("bert", "roberta", "xlm-roberta", "camembert")
 

@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from guidelib.anatomy import ADDED, Anatomy
-from guidelib.method import Method, Spec
+from guidelib.core.anatomy import ADDED, Anatomy
+from guidelib.core.method import Method, Spec
 
 if TYPE_CHECKING:
-    from guidelib.attachment.part import Part
+    from guidelib.core.points.part import Part
 
 FORMAT = "guidelib 1"
 

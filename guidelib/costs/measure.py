@@ -20,10 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from guidelib import closed_form, recompute
-from guidelib.anatomy import ADDED
-from guidelib.attaching import Attachment, Count
-from guidelib.method import expect
+from guidelib.core.anatomy import ADDED
+from guidelib.core.attaching import Attachment, Count
+from guidelib.core.method import expect
+from guidelib.costs import closed_form
+from guidelib.training import recompute
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -56,9 +57,9 @@ def measure(model: PreTrainedModel, batch: Batch, *, dropout: bool = False, keep
     included).
 
     Without labels the sum of the first output stands in for the loss.  ``dropout`` leaves the model's
-    dropout on, ``keep_less`` recomputes what is cheap (see ``guidelib.recompute``); the closed forms are for
-    both off.  The model, its gradients and the random state are left as they were.  Raises ValueError if
-    nothing is trainable.
+    dropout on, ``keep_less`` recomputes what is cheap (see ``guidelib.training.recompute``); the closed forms
+    are for both off.  The model, its gradients and the random state are left as they were.  Raises ValueError
+    if nothing is trainable.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     expect(bool(trainable), "model", type(model).__name__, "a model with trainable parameters")

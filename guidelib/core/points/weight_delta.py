@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from guidelib.anatomy import Anatomy, Site
-from guidelib.attachment.part import Part
-from guidelib.method import Method, expect
+from guidelib.core.anatomy import Anatomy, Site
+from guidelib.core.method import Method, expect
+from guidelib.core.points.part import Part
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import guidelib
-from guidelib.anatomy import Anatomy, Layers
+from guidelib.core.anatomy import Anatomy, Layers
 
 if TYPE_CHECKING:
-    from guidelib.attaching import Attachment
-    from guidelib.attachment.part import Part
+    from guidelib.core.attaching import Attachment
+    from guidelib.core.points.part import Part
 
 
 def expect(condition: bool, argument: str, value: object, accepted: str) -> None:

@@ -1,12 +1,12 @@
-"""The machine a notebook runs on: seeds, device, versions, and quiet libraries."""
+"""The set-up of a notebook: seeds, quiet libraries, and a word on what is missing or too old."""
 
 import importlib.metadata
 import os
-import platform
 import random
 import sys
 
 import guidelib
+from guidelib.machine import device, version
 
 _QUIET = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -14,43 +14,6 @@ _QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-
-
-def _version(package: str) -> str | None:
-    if package == "guidelib":
-        return guidelib.__version__  # what runs here, not what some metadata says
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def versions() -> dict[str, str | int | None]:
-    """Where a stored result was computed. A package that is missing has the version None."""
-    packages = ("guidelib", "torch", "transformers", "datasets", "numpy")
-    return {
-        "python": platform.python_version(),
-        "platform": platform.system(),
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        **{package: _version(package) for package in packages},
-    }
-
-
-def device() -> str:
-    """The device for models: "cuda" if there is one, else "cpu"; GUIDELIB_DEVICE chooses cpu, cuda or mps.
-
-    An Apple GPU ("mps") is used only when chosen: it lacks operations and rounds in its own way, so that its
-    results would not be the book's. Raises `ValueError` for a device that this machine does not have.
-    """
-    import torch
-
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    chosen = os.environ.get("GUIDELIB_DEVICE") or ("cuda" if available["cuda"] else "cpu")
-    if not available.get(chosen):
-        here = ", ".join(name for name, there in available.items() if there)
-        raise ValueError(f"GUIDELIB_DEVICE must be a device of this machine ({here}), not {chosen!r}.")
-    return chosen
 
 
 def _advice() -> str | None:
@@ -65,7 +28,7 @@ def _advice() -> str | None:
     for bound in map(Requirement, lines):
         if bound.marker is not None and not bound.marker.evaluate({"extra": ""}):
             continue
-        found = _version(bound.name)
+        found = version(bound.name)
         if found is None or not bound.specifier.contains(found, prereleases=True):
             state = "is not installed" if found is None else f"{found} is too old"
             return f'{bound.name} {state}: run %pip install -U "{bound.name}{bound.specifier}" and restart.'
@@ -101,7 +64,7 @@ def setup(seed: int = 0) -> None:
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)  # every device
-    shown = " · ".join(f"{name} {_version(name)}" for name in ("guidelib", "torch", "transformers"))
+    shown = " · ".join(f"{name} {version(name)}" for name in ("guidelib", "torch", "transformers"))
     print(f"{shown} · {device()}")
     if advice := _advice():
         print(advice)

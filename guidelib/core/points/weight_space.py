@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from guidelib.attachment.part import Part
-from guidelib.method import Method
+from guidelib.core.method import Method
+from guidelib.core.points.part import Part
 
 
 class WeightSpacePart(Part):

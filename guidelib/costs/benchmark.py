@@ -12,9 +12,9 @@ import time
 
 import torch
 
-from guidelib.attaching import attach
-from guidelib.backbones import load_backbone
-from guidelib.method import Method, expect
+from guidelib.core.attaching import attach
+from guidelib.core.method import Method, expect
+from guidelib.materials.backbones import load_backbone
 from guidelib.reparametrization.adalora import AdaLoRA
 from guidelib.reparametrization.dora import DoRA
 from guidelib.reparametrization.krona import KronA

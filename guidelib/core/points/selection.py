@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from guidelib.anatomy import Anatomy
-from guidelib.attachment.part import Part
-from guidelib.method import Method
+from guidelib.core.anatomy import Anatomy
+from guidelib.core.method import Method
+from guidelib.core.points.part import Part
 
 
 @dataclass(frozen=True)

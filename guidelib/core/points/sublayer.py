@@ -19,9 +19,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from guidelib.anatomy import Anatomy, Sublayer
-from guidelib.attachment.part import Part
-from guidelib.method import Method, expect
+from guidelib.core.anatomy import Anatomy, Sublayer
+from guidelib.core.method import Method, expect
+from guidelib.core.points.part import Part
 
 POINTS = ("after dropout", "before dropout")
 

@@ -401,7 +401,7 @@ EXTRACTS = {
         "that the noun is in. 12 of the 26 files of nouns are used, each with more than 2,000 definitions.",
         sources=(WORDNET,),
         rights="Princeton University allows use, copies and changes, for any purpose and without a fee, if "
-        "its notice is kept. It is in `guidelib/data/NOTICES.md`.",
+        "its notice is kept. It is in `guidelib/materials/data/NOTICES.md`.",
         selection="{texts:,} synsets are in these 12 files. The definition is kept, the examples are not. "
         "{repeats:,} repeat an earlier definition but for case, spaces and punctuation, and are left out; so "
         "are {shared} definitions that stand in two of the files. {distinct:,} are left.",

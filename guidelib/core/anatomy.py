@@ -246,7 +246,8 @@ class Anatomy:
         if self.kind not in ARCHITECTURES:
             raise ValueError(
                 f"model: architecture {self.kind!r} is not supported; supported are "
-                f"{', '.join(sorted(ARCHITECTURES))}; another one is a row of guidelib.anatomy.ARCHITECTURES"
+                f"{', '.join(sorted(ARCHITECTURES))}; another one is a row of "
+                "guidelib.core.anatomy.ARCHITECTURES"
             )
         self.base = model.base_model
         self.restricted = False

@@ -28,12 +28,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from guidelib import recompute
-from guidelib.attaching import Attachment, attached
-from guidelib.environment import device
-from guidelib.method import expect
-from guidelib.tasks import SPLITS, Task
-from guidelib.text2text import generate, score
+from guidelib.core.attaching import Attachment, attached
+from guidelib.core.method import expect
+from guidelib.machine import device
+from guidelib.materials.tasks import SPLITS, Task
+from guidelib.training import recompute
+from guidelib.training.text2text import generate, score
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def fit(
     lr: peak learning rate.  head_lr: that of the task head, ``lr`` where it is not given.  warmup: share of
     the steps over which the rate rises.  max_length: tokens kept of each text.  Batches hold texts of
     similar length.  ``seed`` fixes the order of the data and the dropout.  keep_less: recompute what is cheap
-    in the backward pass instead of keeping it (see ``guidelib.recompute``); the losses stay the same.
+    in the backward pass instead of keeping it (see ``guidelib.training.recompute``); the losses stay the
+    same.
 
     Raises ValueError if nothing is attached, the method is merged, or the data or a number is impossible;
     FloatingPointError if the loss is no longer finite.  The parameters are then what they were before, those
@@ -152,8 +153,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Mean loss of ``model`` on a split (of a text per text, of text2text per token), and how well it does.
 
-    For classification that is ``accuracy`` (0 to 1); for text2text the scores of `guidelib.text2text.score`
-    for what it writes greedily.
+    For classification that is ``accuracy`` (0 to 1); for text2text the scores of
+    `guidelib.training.text2text.score` for what it writes greedily.
     """
     full = split not in SPLITS or len(getattr(task, split)) > 0
     expect(full, "task", f"{task.name} with an empty {split} split", "a task with data there")

@@ -25,8 +25,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
-from guidelib.checkpoints import minilm_folder, no_progress_bars, smollm2_folder, tiny_t5_folder
-from guidelib.tasks import Task, load_task
+from guidelib.materials.checkpoints import minilm_folder, no_progress_bars, smollm2_folder, tiny_t5_folder
+from guidelib.materials.tasks import Task, load_task
 
 
 def load_backbone(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 if TYPE_CHECKING:
-    from guidelib.method import Method
+    from guidelib.core.method import Method
 
 
 class Part(nn.Module):

@@ -1,7 +1,7 @@
 """Tasks: real data sets, frozen as Parquet files inside the package and checked against a hash.
 
 `load_task` gives the splits, `rebuild_task` makes files again from their sources, `task_card` describes one.
-``python -m guidelib.tasks book/data.md`` writes the cards into that page.
+``python -m guidelib.materials.tasks book/data.md`` writes the cards into that page.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from guidelib.data import EXTRACTS, FOLDER, extract, rebuild_task
+from guidelib.materials.data import EXTRACTS, FOLDER, extract, rebuild_task
 
 __all__ = ["Task", "load_task", "rebuild_task", "task_card"]
 SPLITS = ("train", "validation", "test")

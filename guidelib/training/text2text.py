@@ -14,7 +14,7 @@ from difflib import SequenceMatcher
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from guidelib.method import expect
+from guidelib.core.method import expect
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""What everything else stands on: where things are in a model, methods as values, and attaching them."""

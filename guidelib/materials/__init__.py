@@ -1,0 +1,1 @@
+"""What one needs besides methods: pretrained models and real tasks."""
