@@ -26,10 +26,11 @@ book: .venv/.ready ## build the site from clean; every warning is an error
 test: browser .venv/.ready lint ## check everything: style, library, notebooks, built site, pages in a browser
 	$(TEST_ENV) CHROMIUM="$(CHROMIUM)" $(BIN)/python -m pytest
 
-lint: .venv/.ready ## check the style of the code and the spelling of the prose
+lint: .venv/.ready ## check the style of the code, the spelling of the prose, the order of the imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell $(wildcard $(PROSE))
+	$(BIN)/lint-imports --no-cache
 
 notebooks: .venv/.ready ## run every notebook again and keep its outputs
 	$(TEST_ENV) $(BIN)/python tools/notebooks.py

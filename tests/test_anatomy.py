@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModel, ViTConfig, ViTModel
 from transformers.pytorch_utils import Conv1D
 
 import guidelib as gl
-from guidelib.core.anatomy import ARCHITECTURES, Anatomy
+from guidelib.core.anatomy import Anatomy
+from guidelib.core.architectures import ARCHITECTURES
 
 SIZES = {  # by the configurations' various names; what one of them does not know it ignores
     **dict(vocab_size=50, pad_token_id=0, bos_token_id=1, eos_token_id=1, max_position_embeddings=64),
@@ -362,7 +363,7 @@ def test_unknown_models():
     vit = ViTModel(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
     with pytest.raises(ValueError) as error:
         gl.attach(vit, gl.LoRA())
-    for word in ("architecture 'vit' is not supported", *ARCHITECTURES, "anatomy.ARCHITECTURES"):
+    for word in ("architecture 'vit' is not supported", *ARCHITECTURES, "architectures.ARCHITECTURES"):
         assert word in str(error.value)
     for other in (nn.Linear(2, 2), None, "tiny-bert"):
         with pytest.raises(TypeError, match=f"PreTrainedModel, got {type(other).__name__}"):

@@ -13,7 +13,8 @@ from torch import nn
 
 import guidelib as gl
 from guidelib.additive.adapters.bottleneck import Bottleneck
-from guidelib.core.anatomy import ARCHITECTURES, Anatomy, Sublayer
+from guidelib.core.anatomy import Anatomy, Sublayer
+from guidelib.core.architectures import ARCHITECTURES
 from guidelib.core.points.sublayer import SublayerHook, SublayerPart
 from guidelib.core.points.weight_delta import DeltaPart
 from guidelib.reparametrization.lora import LowRank

@@ -1,157 +1,30 @@
 """Where things are in a backbone: from the roles a paper speaks of to the modules transformers has.
 
-A method asks for roles (``q``, ``ffn.out``, ``norms`` ...), never for module names.  This file is the only
-one that knows the names.  To support a further architecture, add a row to ``ARCHITECTURES``.
+A method asks for roles (``q``, ``ffn.out``, ``norms`` ...), never for module names.  Those stand in
+architectures.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from guidelib.core.architectures import (
+    ARCHITECTURES,
+    ATTENTION_ROLES,
+    GROUPS,
+    HEADS,
+    TARGET_NAMES,
+    Stack,
+)
+
 Targets = str | Sequence[str]
 Layers = int | Iterable[int] | None
-
-ATTENTION_ROLES = ("q", "k", "v", "o")
-FFN_ROLES = ("ffn.in", "ffn.gate", "ffn.out")
-GROUPS = {  # a target name that stands for several roles
-    "all": lambda role: True,
-    "attn": lambda role: not role.startswith("ffn"),
-    "self": lambda role: role.startswith("self."),
-    "cross": lambda role: role.startswith("cross."),
-    "ffn": lambda role: role.startswith("ffn."),
-}
-TARGET_NAMES = (
-    *ATTENTION_ROLES,
-    *(f"{kind}.{role}" for kind in ("self", "cross") for role in ATTENTION_ROLES),
-    *FFN_ROLES,
-    *GROUPS,
-)
-HEADS = ("pre_classifier", "classifier", "score", "classification_head", "qa_outputs")
-
-
-Ends = dict[str, tuple[str, str | None]]
-
-
-@dataclass(frozen=True)
-class Stack:
-    """One stack of blocks: where its list is, and where each role is inside a block.
-
-    A path that a model does not have (the gate of an ungated feed-forward network, say) is simply not there.
-    ``path[i/n]`` is the i-th of n equal parts of a fused projection's outputs.
-
-    ``ends`` gives each sub-layer's norm and the dropout that acts on its output before the residual is added:
-    a path, None where there is none, "" where the block calls it as a function.  ``pre_norm``: whether the
-    norm stands at the sub-layer's start instead of behind the residual sum.
-    """
-
-    blocks: str
-    linears: dict[str, str]
-    attention: dict[str, str]
-    ends: Ends = field(default_factory=dict)
-    pre_norm: bool = False
-
-
-def _stack(
-    blocks: str,
-    attention: dict[str, tuple[str, str, str, str, str]],
-    ffn: dict[str, str],
-    ends: Ends,
-    pre_norm: bool = False,
-) -> Stack:
-    linears = {
-        f"{kind}.{role}": f"{module}.{name}" if module else name
-        for kind, (module, *names) in attention.items()
-        for role, name in zip(ATTENTION_ROLES, names, strict=True)
-    }
-    return Stack(blocks, linears | ffn, {kind: paths[0] for kind, paths in attention.items()}, ends, pre_norm)
-
-
-_BERT = {
-    "encoder": _stack(
-        "encoder.layer",
-        {"self": ("attention", "self.query", "self.key", "self.value", "output.dense")},
-        {"ffn.in": "intermediate.dense", "ffn.out": "output.dense"},
-        {
-            "self": ("attention.output.LayerNorm", "attention.output.dropout"),
-            "ffn": ("output.LayerNorm", "output.dropout"),
-        },
-    )
-}
-_DISTILBERT = {
-    "encoder": _stack(
-        "transformer.layer",
-        {"self": ("attention", "q_lin", "k_lin", "v_lin", "out_lin")},
-        {"ffn.in": "ffn.lin1", "ffn.out": "ffn.lin2"},
-        {"self": ("sa_layer_norm", None), "ffn": ("output_layer_norm", "ffn.dropout")},
-    )
-}
-_GPT2 = {
-    "decoder": _stack(
-        "h",
-        {"self": ("attn", "c_attn[0/3]", "c_attn[1/3]", "c_attn[2/3]", "c_proj")},
-        {"ffn.in": "mlp.c_fc", "ffn.out": "mlp.c_proj"},
-        {"self": ("ln_1", "attn.resid_dropout"), "ffn": ("ln_2", "mlp.dropout")},
-        pre_norm=True,
-    )
-}
-_LLAMA = {
-    "decoder": _stack(
-        "layers",
-        {"self": ("self_attn", "q_proj", "k_proj", "v_proj", "o_proj")},
-        {"ffn.in": "mlp.up_proj", "ffn.gate": "mlp.gate_proj", "ffn.out": "mlp.down_proj"},
-        {"self": ("input_layernorm", None), "ffn": ("post_attention_layernorm", None)},
-        pre_norm=True,
-    )
-}
-
-
-def _t5_ffn(layer: int) -> dict[str, str]:
-    path = f"layer.{layer}.DenseReluDense"
-    return {"ffn.in": f"{path}.wi|{path}.wi_1", "ffn.gate": f"{path}.wi_0", "ffn.out": f"{path}.wo"}
-
-
-def _t5_ends(*kinds: str) -> Ends:
-    return {kind: (f"layer.{i}.layer_norm", f"layer.{i}.dropout") for i, kind in enumerate(kinds)}
-
-
-_T5_SELF = {"self": ("layer.0.SelfAttention", "q", "k", "v", "o")}
-_T5_CROSS = {"cross": ("layer.1.EncDecAttention", "q", "k", "v", "o")}
-_T5 = {
-    "encoder": _stack("encoder.block", _T5_SELF, _t5_ffn(1), _t5_ends("self", "ffn"), pre_norm=True),
-    "decoder": _stack(
-        "decoder.block", _T5_SELF | _T5_CROSS, _t5_ffn(2), _t5_ends("self", "cross", "ffn"), pre_norm=True
-    ),
-}
-_BART_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
-_BART_FFN = {"ffn.in": "fc1", "ffn.out": "fc2"}
-_BART_SELF = {"self": ("self_attn", *_BART_PROJECTIONS)}
-_BART_CROSS = {"cross": ("encoder_attn", *_BART_PROJECTIONS)}
-_BART_ENDS = {"self": ("self_attn_layer_norm", ""), "ffn": ("final_layer_norm", "")}
-_BART_CROSS_ENDS = {  # in the order of the block
-    "self": _BART_ENDS["self"],
-    "cross": ("encoder_attn_layer_norm", ""),
-    "ffn": _BART_ENDS["ffn"],
-}
-_BART = {
-    "encoder": _stack("encoder.layers", _BART_SELF, _BART_FFN, _BART_ENDS),
-    "decoder": _stack("decoder.layers", _BART_SELF | _BART_CROSS, _BART_FFN, _BART_CROSS_ENDS),
-}
-
-ARCHITECTURES: dict[str, dict[str, Stack]] = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
-    "distilbert": _DISTILBERT,
-    "gpt2": _GPT2,
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), _LLAMA),
-    **dict.fromkeys(("t5", "mt5"), _T5),
-    "bart": _BART,
-    "mbart": {name: replace(stack, pre_norm=True) for name, stack in _BART.items()},
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,7 +120,7 @@ class Anatomy:
             raise ValueError(
                 f"model: architecture {self.kind!r} is not supported; supported are "
                 f"{', '.join(sorted(ARCHITECTURES))}; another one is a row of "
-                "guidelib.core.anatomy.ARCHITECTURES"
+                "guidelib.core.architectures.ARCHITECTURES"
             )
         self.base = model.base_model
         self.restricted = False

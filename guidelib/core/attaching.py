@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors
 import torch
@@ -23,9 +23,7 @@ from transformers import PreTrainedModel
 
 from guidelib.core.anatomy import ADDED, Anatomy
 from guidelib.core.method import Method, Spec
-
-if TYPE_CHECKING:
-    from guidelib.core.points.part import Part
+from guidelib.core.points.part import Part
 
 FORMAT = "guidelib 1"
 

@@ -9,16 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 import guidelib
 from guidelib.core.anatomy import Anatomy, Layers
-
-if TYPE_CHECKING:
-    from guidelib.core.attaching import Attachment
-    from guidelib.core.points.part import Part
 
 
 def expect(condition: bool, argument: str, value: object, accepted: str) -> None:
@@ -60,6 +57,19 @@ def _plain(value: Any) -> Any:
     return value
 
 
+class Attached(Protocol):
+    """What a method may ask of the model that it is attached to; ``attach`` in attaching.py gives one."""
+
+    model: Any
+    anatomy: Anatomy
+
+    def parts_of(self, method: Method) -> list[Any]:
+        """The parts that ``method`` made, also where it is a member of a sum."""
+
+    def add(self, parts: Iterable[Any]) -> None:
+        """Plug further parts in, known only once data were seen."""
+
+
 @dataclass(frozen=True)
 class Method(Spec):
     """Hyper-parameters of a method, and what it does with a model.
@@ -68,8 +78,8 @@ class Method(Spec):
     phase functions are called by ``fit``; most methods need none of them.
     """
 
-    def parts(self, anatomy: Anatomy, saved: Mapping[str, torch.Tensor]) -> list[Part]:
-        """The parts to plug in, in order, built without touching the model.
+    def parts(self, anatomy: Anatomy, saved: Mapping[str, torch.Tensor]) -> list[nn.Module]:
+        """The parts (points/part.py) to plug in, in order, built without touching the model.
 
         ``saved`` holds the tensors of a file when the method is loaded from one, for parts whose shapes
         depend on data (the indices of a mask); it is empty otherwise.
@@ -84,21 +94,21 @@ class Method(Spec):
         """The names of base parameters that the method itself writes to while it trains, without gradient."""
         return set()
 
-    def prepare(self, attachment: Attachment, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
+    def prepare(self, attachment: Attached, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
         """Called once before training, with batches of the training data (a mask's scores, say)."""
 
-    def regularizer(self, attachment: Attachment) -> torch.Tensor | None:
+    def regularizer(self, attachment: Attached) -> torch.Tensor | None:
         """A scalar to add to every step's loss, or None."""
         return None
 
     def batch_loss(
-        self, attachment: Attachment, batch: Mapping[str, torch.Tensor], outputs: Any
+        self, attachment: Attached, batch: Mapping[str, torch.Tensor], outputs: Any
     ) -> torch.Tensor | None:
         """A scalar to add to the loss of one batch, or None; ``outputs`` is what the model gave for it."""
         return None
 
     def after_step(
-        self, attachment: Attachment, step: int, total: int, optimizer: torch.optim.Optimizer
+        self, attachment: Attached, step: int, total: int, optimizer: torch.optim.Optimizer
     ) -> None:
         """Called after each optimiser step, the first is 1, before the gradients are cleared."""
 
@@ -106,7 +116,7 @@ class Method(Spec):
         """What the learning rate is multiplied by after ``step`` steps, besides the usual schedule."""
         return 1.0
 
-    def finish(self, attachment: Attachment) -> None:
+    def finish(self, attachment: Attached) -> None:
         """Called once after training."""
 
     def __add__(self, other: Method) -> Method:

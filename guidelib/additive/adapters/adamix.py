@@ -28,8 +28,7 @@ from torch.func import functional_call
 
 from guidelib.additive.adapters.bottleneck import Adapter
 from guidelib.core.anatomy import Sublayer, Targets
-from guidelib.core.attaching import Attachment
-from guidelib.core.method import expect
+from guidelib.core.method import Attached, expect
 from guidelib.core.points.sublayer import part_name
 
 SHARED = ("up", "down", "none")
@@ -75,7 +74,7 @@ class AdaMix(Adapter):
         ]
 
     def batch_loss(
-        self, attachment: Attachment, batch: Mapping[str, torch.Tensor], outputs: Any
+        self, attachment: Attached, batch: Mapping[str, torch.Tensor], outputs: Any
     ) -> torch.Tensor | None:
         if not self.consistency or all(len(experts) == 1 for experts in self.experts_of(attachment)):
             return None
@@ -87,12 +86,12 @@ class AdaMix(Adapter):
             first, second = first[labels != -100], second[labels != -100]
         return self.consistency * disagreement(first, second)
 
-    def finish(self, attachment: Attachment) -> None:
+    def finish(self, attachment: Attached) -> None:
         """Replace the experts by one with their mean weights."""
         for experts in self.experts_of(attachment):
             experts.average()
 
-    def experts_of(self, attachment: Attachment) -> list[Experts]:
+    def experts_of(self, attachment: Attached) -> list[Experts]:
         parts = attachment.parts_of(self)
         return [module for part in parts for module in part.modules() if isinstance(module, Experts)]
 

@@ -25,8 +25,8 @@ from torch import nn
 
 from guidelib.additive.adapters.bottleneck import Bottleneck, PfeifferAdapter
 from guidelib.core.anatomy import Anatomy, Sublayer
-from guidelib.core.attaching import Attachment, read
-from guidelib.core.method import Method, expect
+from guidelib.core.attaching import read
+from guidelib.core.method import Attached, Method, expect
 from guidelib.core.points.part import Part
 from guidelib.core.points.sublayer import SublayerPart
 from guidelib.core.points.weight_delta import BranchCost, added_dtype
@@ -95,7 +95,7 @@ class AdapterFusion(Method):
                     )
                 parameter.data.copy_(tensor)
 
-    def regularizer(self, attachment: Attachment) -> torch.Tensor | None:
+    def regularizer(self, attachment: Attached) -> torch.Tensor | None:
         if not self.regularization:
             return None
         values = [fusion.V.weight for fusion in self._fusions(attachment)]
@@ -103,7 +103,7 @@ class AdapterFusion(Method):
         return self.regularization * sum(((v - eye.to(v.device)) ** 2).sum() for v in values)
 
     @torch.no_grad()
-    def weights(self, attachment: Attachment, batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    def weights(self, attachment: Attached, batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """p of each layer in one pass over ``batch``: (..., N), and 1 summed over the N adapters."""
         seen: list[torch.Tensor] = []
         hooks = [
@@ -117,7 +117,7 @@ class AdapterFusion(Method):
                 hook.remove()
         return seen
 
-    def _fusions(self, attachment: Attachment) -> list[Fusion]:
+    def _fusions(self, attachment: Attached) -> list[Fusion]:
         parts = attachment.parts_of(self)
         return [module for part in parts for module in part.modules() if isinstance(module, Fusion)]
 

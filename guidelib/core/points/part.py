@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from guidelib.core.method import Method
+from guidelib.core.method import Method
 
 
 class Part(nn.Module):
