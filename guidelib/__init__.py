@@ -16,7 +16,7 @@ _MODULES = {
     "guidelib.additive.adapters.fusion": ("AdapterFusion",),
     "guidelib.additive.adapters.linear": ("Dense",),
     "guidelib.materials.backbones": ("load_backbone",),
-    "guidelib.costs": ("Costs", "measure", "memory_plan"),
+    "guidelib.costs.measure": ("Costs", "measure", "memory_plan"),
     "guidelib.machine": ("device", "versions"),
     "guidelib.pages.environment": ("require", "setup"),
     "guidelib.pages.exercises": ("check",),

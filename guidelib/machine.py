@@ -8,6 +8,7 @@ import guidelib
 
 
 def version(package: str) -> str | None:
+    """The version of an installed package; None if it is missing."""
     if package == "guidelib":
         return guidelib.__version__  # what runs here, not what some metadata says
     try:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import guidelib
+from guidelib import machine
 from guidelib.pages import environment
 
 
@@ -107,27 +108,27 @@ def test_the_declared_bounds_hold_here(capsys, accelerators):
 
 
 def test_device(accelerators):
-    assert environment.device() == "cpu"
+    assert machine.device() == "cpu"
     accelerators(mps=True)
-    assert environment.device() == "cpu"
+    assert machine.device() == "cpu"
     os.environ["GUIDELIB_DEVICE"] = "mps"
-    assert environment.device() == "mps"
+    assert machine.device() == "mps"
     accelerators(cuda=True)
     with pytest.raises(
         ValueError, match=r"GUIDELIB_DEVICE must be a device of this machine \(cpu, cuda\), not 'mps'"
     ):
-        environment.device()
+        machine.device()
     os.environ["GUIDELIB_DEVICE"] = ""
-    assert environment.device() == "cuda"
+    assert machine.device() == "cuda"
     os.environ["GUIDELIB_DEVICE"] = "cpu"
-    assert environment.device() == "cpu"
+    assert machine.device() == "cpu"
     os.environ["GUIDELIB_DEVICE"] = "tpu"
     with pytest.raises(ValueError, match="'tpu'"):
-        environment.device()
+        machine.device()
 
 
 def test_versions_can_be_stored():
-    found = environment.versions()
+    found = machine.versions()
     assert json.loads(json.dumps(found)) == found
     assert set(found) >= {
         "python",
@@ -142,7 +143,7 @@ def test_versions_can_be_stored():
     }
     assert found["torch"] == importlib.metadata.version("torch")
     assert found["guidelib"] == guidelib.__version__
-    assert environment._version("nothing-of-the-kind") is None
+    assert machine.version("nothing-of-the-kind") is None
 
 
 def test_require(monkeypatch):

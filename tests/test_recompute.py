@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import guidelib as gl
-from guidelib import costs
+import guidelib.costs.measure as costs
 from guidelib.training.recompute import keep_less
 
 CASES = [

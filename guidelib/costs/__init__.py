@@ -1,5 +1,5 @@
 """What a method costs: bytes, operations and times."""
 
-from guidelib.costs.measure import Costs, MemoryPlan, flops, kernels, measure, memory_plan, saved_bytes
+from guidelib.costs.measure import Costs, MemoryPlan, flops, kernels, memory_plan, saved_bytes
 
-__all__ = ["Costs", "MemoryPlan", "flops", "kernels", "measure", "memory_plan", "saved_bytes"]
+__all__ = ["Costs", "MemoryPlan", "flops", "kernels", "memory_plan", "saved_bytes"]
