@@ -35,6 +35,7 @@ _MODULES = {
     "guidelib.selective.anchors": ("FullFineTuning", "HeadOnly"),
     "guidelib.materials.tasks": ("Task", "load_task"),
     "guidelib.training.fit": ("evaluate", "fit"),
+    "guidelib.pages.results": ("rate_figure", "verdict_figure", "verdict_table"),
     "guidelib.pages.viz": ("panel", "show_source", "slider", "style", "table"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -12,13 +12,20 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
 
 @app.command()
-def compare(name: Annotated[str, typer.Argument(help="lora, transfer, ...")]) -> None:
-    """Run an experiment, or what is left of it, and store it in guidelib/experiments/results."""
+def compare(
+    name: Annotated[str, typer.Argument(help="minilm, transfer, ... or a YAML file of your own")],
+    jobs: Annotated[int, typer.Option(help="processes of one thread each")] = 1,
+) -> None:
+    """Run an experiment, or what is left of it.  Start it as often as you like: nothing is made twice.
+
+    The results of this book stand in guidelib/experiments/results, those of your own plan beside it.
+    """
     from guidelib import experiments
 
-    if name not in experiments.COMPARISONS:
-        raise typer.BadParameter(f"{name!r} is unknown; accepted are {', '.join(experiments.COMPARISONS)}")
-    typer.echo(experiments.run(name))
+    try:
+        typer.echo(experiments.run(name, jobs=jobs))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 @app.command()

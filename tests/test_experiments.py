@@ -1,244 +1,449 @@
-"""Stored comparisons: they go on where they stopped, and choose on validation data alone."""
+"""Stored comparisons: which runs are made, that none is lost, that they choose on validation data alone."""
 
 from __future__ import annotations
 
 import json
-import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from scipy import stats
 from test_training import TASK
 from typer.testing import CliRunner
 
 import guidelib as gl
 from guidelib import experiments
 from guidelib.cli import app
-from guidelib.experiments import Comparison, best_rate, load_results, run, summary
+from guidelib.experiments import Comparison, Results, Setting, compare, load_results, read_plan
+from guidelib.experiments.base import Arm, pack, score, unpack
 from guidelib.experiments.transfer import ALL, OWN, Transfer, Way
+from guidelib.experiments.verdict import holm
+from guidelib.experiments.work import _begin, _work, add, read, work
 
-TINY = Comparison(
-    "tiny-bert",
-    "two words",
-    {"head": (gl.HeadOnly(), (1e-2,)), "lora": (gl.LoRA(r=2), (1e-3, 1e-2))},
-    train=32,
-    batch_size=16,
-    max_length=32,
-    seeds=(0, 1),
-)
-RUNS = [
-    ("head", 1e-2, 0),
-    ("lora", 1e-3, 0),
-    ("lora", 1e-2, 0),
-    ("head", 1e-2, 1),
-]  # and lora's best with seed 1
-SCORED = {split: {"accuracy": 0.5, "loss": 1.0} for split in ("validation", "test")}
+PLAN = """
+backbone: tiny-bert
+seeds: 2
+tuning_seeds: 1
+batch_size: 16
+max_length: 32
+tasks:
+  tweets: {train: 16}
+methods:
+  head: {type: HeadOnly, rate: 1.0e-2}
+  lora: {type: LoRA, r: 2, rate: 4.0e-3}
+"""
 
 
 @pytest.fixture
-def tiny(monkeypatch, tmp_path):
-    """The folder of results, with one comparison to run."""
-    monkeypatch.setattr(experiments, "COMPARISONS", {"tiny": TINY})
-    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
-    monkeypatch.setattr("guidelib.materials.tasks.load_task", lambda name: {"two words": TASK}[name])
-    return tmp_path
+def tiny(tmp_path) -> tuple[Comparison, Path]:
+    """A small comparison, and the path of its result."""
+    (tmp_path / "tiny.yaml").write_text(PLAN)
+    return read_plan(tmp_path / "tiny.yaml"), tmp_path / "tiny.json"
 
 
-def keys(result):
-    return [(r["method"], r["lr"], r["seed"]) for r in result["runs"]]
+@pytest.fixture
+def here(monkeypatch):
+    """Runs are made in this process, on two small classes of words."""
+    monkeypatch.setattr("guidelib.materials.tasks.load_task", lambda name: replace(TASK, name=name))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
-class Interrupted(Exception):
-    pass
+def make(experiment, path):
+    _begin(experiment, path)
+    _work(experiment, path)
+    return read(path)
 
 
-def interrupt_after(monkeypatch, n):
-    done, once = [], Comparison.run
-
-    def limited(*arguments):
-        if len(done) == n:
-            raise Interrupted
-        done.append(arguments)
-        return once(*arguments)
-
-    monkeypatch.setattr(Comparison, "run", limited)
-    return done
+def untimed(path):
+    result = read(path)
+    return result | {"runs": [run | {"seconds": 0} for run in result["runs"]]}
 
 
-def test_an_interrupted_comparison_goes_on_where_it_stopped(tiny, monkeypatch):
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 1)
-        with pytest.raises(Interrupted):
-            run("tiny", tiny)
-    assert [path.name for path in tiny.iterdir()] == ["tiny.json"]
-    first = load_results("tiny")
-    assert keys(first) == RUNS[:1]
+def run_of(lr, seed, accuracy, loss=1.0, task="t", method="m"):
+    scores = {"accuracy": accuracy, "loss": loss}
+    return {"task": task, "method": method, "lr": lr, "seed": seed, "validation": scores, "test": scores}
 
-    with monkeypatch.context() as patch:
-        done = interrupt_after(patch, 99)
-        path = run("tiny", tiny)
-    assert path == tiny / "tiny.json" and [path.name for path in tiny.iterdir()] == ["tiny.json"]
-    result = load_results("tiny")
-    assert keys(result)[:4] == RUNS and len(done) == 4
-    assert keys(result)[4:] == [("lora", best_rate(result, "lora"), 1)]
-    assert result["runs"][0] == first["runs"][0]
+
+def plan(**changes):
+    settings = {
+        "tasks": {"t": Setting("t")},
+        "methods": {"m": (gl.LoRA(), 4.0)},
+        "seeds": 3,
+        "tuning_seeds": 2,
+    }
+    return Comparison("tiny-bert", **settings | changes)
+
+
+# which runs are made
+
+
+def test_the_grid_grows_until_the_best_rate_is_inside():
+    """Validation accuracy falls with the distance from 32: the search walks there from 4, with two seeds."""
+    experiment = plan()
+    arm, runs = experiment.arms()[0], []
+    for _ in range(99):
+        todo = list(Results(experiment, runs).to_do())
+        if not todo:
+            break
+        runs += [run_of(k["lr"], k["seed"], 1 - abs(np.log2(k["lr"]) - 5) / 10) for k in todo[:1]]
+    results = Results(experiment, runs)
+    assert results.rates(arm) == ([2.0, 4.0, 8.0, 16.0, 32.0, 64.0], 32.0)
+    assert {(run["lr"], run["seed"]) for run in runs} == {
+        *((2.0**k, seed) for k in range(1, 7) for seed in (0, 1)),
+        (32.0, 2),
+    }
+    assert results.complete(arm) and results.expected() == 0
+
+
+def test_the_search_goes_down_as_well_and_ends_somewhere():
+    experiment = plan(tuning_seeds=1)
+    arm, runs = Arm("m", ("t",), 4.0), []
+    while (found := Results(experiment, runs).rates(arm))[1] is None:
+        made = {run["lr"] for run in runs}
+        runs += [run_of(lr, 0, 1 / (1 + lr)) for lr in found[0] if lr not in made]
+    assert found[0] == [4.0 / 2**k for k in range(7, -2, -1)] and found[1] == found[0][0]  # nine, at the edge
+
+
+def test_the_rate_is_chosen_by_the_mean_of_the_tuning_seeds_and_by_the_loss_where_that_ties():
+    experiment, test = plan(), {"accuracy": 1.0, "loss": 0.0}
+    runs = [run_of(2.0, seed, 0.8, 0.5) | {"test": test} for seed in (0, 1)]  # the best on test
+    runs += [run_of(4.0, 0, 0.9, 0.5), run_of(4.0, 1, 0.8, 0.5)]
+    runs += [run_of(8.0, 0, 0.8, 0.4), run_of(8.0, 1, 0.9, 0.4), run_of(4.0, 2, 0.0), run_of(16.0, 0, 0.1)]
+    assert Results(experiment, runs).rates(experiment.arms()[0]) == ([2.0, 4.0, 8.0, 16.0], None)
+    runs.append(run_of(16.0, 1, 0.1))
+    assert Results(experiment, runs).rates(experiment.arms()[0]) == ([2.0, 4.0, 8.0, 16.0], 8.0)
+
+
+def test_a_run_that_diverged_counts_as_the_worst():
+    experiment = plan(tuning_seeds=1, seeds=1)
+    runs = [run_of(2.0, 0, 0.4), run_of(4.0, 0, 0.5)]
+    runs.append({"task": "t", "method": "m", "lr": 8.0, "seed": 0, "diverged": True})
+    assert Results(experiment, runs).rates(experiment.arms()[0]) == ([2.0, 4.0, 8.0], 4.0)
+    assert score(runs[-1]) == 0
+
+
+def test_what_is_expected_includes_the_seeds_of_rates_that_are_not_chosen_yet():
+    experiment = plan(seeds=8, tuning_seeds=3, methods={"a": (gl.LoRA(), 1.0), "b": (gl.LoRA(), 1.0)})
+    assert Results(experiment, []).expected() == 2 * (3 * 3 + 5)
+
+
+# making them
+
+
+def test_a_comparison_from_start_to_end(tiny, here):
+    experiment, path = tiny
+    result = make(experiment, path)
+    assert result["settings"] == experiment.to_json() and result["items"] == {"tweets": len(TASK.test)}
+    assert result["settings"]["methods"]["lora"] == [gl.LoRA(r=2).to_json(), 4e-3]
+    assert {"guidelib", "torch", "transformers", "python", "device"} <= result["provenance"].keys()
+    for arm in experiment.arms():
+        rates, best = Results(experiment, result["runs"]).rates(arm)
+        found = {(run["lr"], run["seed"]) for run in result["runs"] if run["method"] == arm.method}
+        assert found == {*((lr, 0) for lr in rates), (best, 1)}
+    for run in result["runs"]:
+        right = unpack(run["test"]["each"], len(TASK.test))
+        assert right.mean() == pytest.approx(score(run))
+        assert 0 <= score(run, "validation") <= 100 and run["steps"] == 1 == len(run["losses"])
+    row = next(run for run in result["runs"] if run["method"] == "lora")
+    assert row["count"]["trainable"] == 4 * 2 * 64 + 66
     before = path.read_text()
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 0)
-        assert run("tiny", tiny) == path  # nothing is left to do
+    assert make(experiment, path) and path.read_text() == before  # nothing is left to do
+
+
+def test_the_rate_of_head_only_is_the_heads(tiny, here, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Comparison, "fit", lambda self, *a: seen.append((a[3], a[6])) or {"diverged": True})
+    for method in ("head", "lora"):
+        tiny[0].run({"task": "tweets", "method": method, "lr": 0.3, "seed": 0}, {}, tiny[1])
+    assert seen == [(0.3, 0.3), (0.3, None)]
+
+
+def test_a_comparison_that_was_killed_ends_as_one_that_was_not(tmp_path):
+    """Two processes are killed in the middle, with whatever they were at, and started again."""
+    files = {}
+    for name in ("whole", "killed"):
+        (tmp_path / f"{name}.yaml").write_text(PLAN)
+        files[name] = tmp_path / f"{name}.json"
+    command = [sys.executable, "-m", "guidelib.cli", "compare", tmp_path / "killed.yaml", "--jobs", "2"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    process = subprocess.Popen(command, **quiet)
+    while not (files["killed"].exists() and len(read(files["killed"])["runs"]) >= 2):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = read(files["killed"])["runs"]
+    subprocess.run(command, check=True, **quiet)
+    assert all(run in read(files["killed"])["runs"] for run in kept)
+    work(read_plan(tmp_path / "whole.yaml"), files["whole"], progress=False)
+    assert untimed(files["killed"]) == untimed(files["whole"])
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_many_may_add_to_one_file(tiny):
+    experiment, path = tiny
+    _begin(experiment, path)
+    runs = [run_of(lr, seed, 0.5, task="tweets", method="lora") for lr in (1e-3, 2e-3) for seed in range(12)]
+    threads = [threading.Thread(target=add, args=(path, experiment, run)) for run in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert read(path)["runs"] == sorted(runs, key=lambda run: (run["lr"], run["seed"]))
+
+
+def test_a_run_that_fails_is_said_and_the_file_stays_whole(tiny):
+    experiment, path = tiny
+    broken = replace(experiment, tasks={"tweets": Setting("tweets", train=10**9)})
+    with pytest.raises(RuntimeError, match="a process failed; .* goes on with tiny.json where it stopped"):
+        work(broken, path, progress=False)
+    assert read(path)["runs"] == []
+
+
+def test_a_failure_while_writing_keeps_the_file_as_it_was(tiny):
+    experiment, path = tiny
+    _begin(experiment, path)
+    add(path, experiment, run_of(1e-3, 0, 0.5, task="tweets", method="lora"))
+    before = path.read_text()
+    with pytest.raises(TypeError):
+        add(path, experiment, run_of(1e-3, 1, object(), task="tweets", method="lora"))
     assert path.read_text() == before
 
-    assert result["settings"] == TINY.to_json()
-    assert result["settings"]["methods"]["lora"] == [gl.LoRA(r=2).to_json(), [1e-3, 1e-2]]
-    assert {"guidelib", "torch", "transformers", "python", "machine"} <= result["provenance"].keys()
-    row = result["runs"][1]
-    assert row["steps"] == 2 and row["count"]["trainable"] == 4 * 2 * 64 + 66
-    for split in ("validation", "test"):
-        assert 0 <= row[split]["accuracy"] <= 1 and math.isfinite(row[split]["loss"])
-    assert row["seconds"] >= 0 and math.isfinite(row["last_losses"])
-    assert [line["method"] for line in summary(result)] == ["head", "lora"]
+
+@pytest.mark.parametrize("change", [{"seeds": 3}, {"methods": {"head": (gl.HeadOnly(), 1.0)}}])
+def test_a_file_of_other_settings_is_refused_and_kept(tiny, change):
+    experiment, path = tiny
+    _begin(experiment, path)
+    before = path.read_text()
+    with pytest.raises(ValueError, match="tiny.json was made with other settings; move it away"):
+        work(replace(experiment, **change), path)
+    assert path.read_text() == before
 
 
-def test_a_run_is_repeatable(tiny):
-    key = {"method": "lora", "lr": 1e-2, "seed": 0}
-    first, second = (TINY.run(key, {}, tiny) for _ in range(2))
-    first.pop("seconds"), second.pop("seconds")
-    assert first == second
+def test_results_of_other_versions_are_not_put_together(tiny, monkeypatch):
+    experiment, path = tiny
+    _begin(experiment, path)
+    monkeypatch.setattr(gl, "__version__", "99")
+    with pytest.raises(ValueError, match="tiny.json was made with other provenance"):
+        work(experiment, path)
+
+
+@pytest.mark.parametrize("jobs", [0, 1.5, None])
+def test_jobs_that_are_none(tiny, jobs):
+    with pytest.raises(ValueError, match="jobs must be a whole number of at least 1"):
+        work(*tiny, jobs=jobs)
+    assert not tiny[1].exists()
+
+
+@pytest.mark.parametrize("each", [np.arange(13) % 3 == 0, np.array([0.0, 33.5, 100.0, 71.5])])
+def test_the_result_of_each_item_is_packed_and_unpacked(each):
+    expected = 100.0 * each if each.dtype == bool else each
+    assert unpack(pack(each), len(each)).tolist() == expected.tolist()
+
+
+# plans
+
+
+def test_a_plan_of_your_own(tiny):
+    experiment, _ = tiny
+    assert experiment.methods == {"head": (gl.HeadOnly(), 1e-2), "lora": (gl.LoRA(r=2), 4e-3)}
+    assert experiment.tasks == {"tweets": Setting("tweets", train=16)} and experiment.seeds == 2
+
+
+def test_a_sum_in_a_plan(tmp_path):
+    lines = PLAN.replace("{type: LoRA, r: 2,", "{sum: [{type: NF4}, {type: LoRA}],")
+    (tmp_path / "sum.yaml").write_text(lines)
+    assert read_plan(tmp_path / "sum.yaml").methods["lora"] == (gl.NF4() + gl.LoRA(), 4e-3)
 
 
 @pytest.mark.parametrize(
-    "change", [dict(train=48), dict(seeds=(0,)), dict(methods={"head": (gl.HeadOnly(), (1.0,))})]
+    ("old", "new", "words"),
+    [
+        ("backbone: tiny-bert", "", "backbone"),
+        ("rate: 4.0e-3", "rate: 4e-3", "a learning rate such as 4.0e-3, got '4e-3'"),
+        ("type: LoRA", "type: LORA", "method 'LORA' is unknown"),
+        ("r: 2", "rank: 2", "'rank' is unknown"),
+        ("train: 16", "trian: 16", "trian"),
+        ("seeds: 2", "sedes: 2", "sedes"),
+        ("methods:", "methods: [", "parsing"),
+    ],
 )
-def test_a_file_of_other_settings_is_refused_and_kept(tiny, monkeypatch, change):
-    monkeypatch.setattr(Comparison, "run", lambda *arguments: pytest.fail("nothing may be run"))
-    path = tiny / "tiny.json"
-    path.write_text(
-        json.dumps({"settings": Comparison(**vars(TINY) | change).to_json(), "provenance": {}, "runs": []})
-    )
-    before = path.read_text()
-    with pytest.raises(ValueError, match="tiny.json was made with other settings; move it away"):
-        run("tiny", tiny)
-    assert path.read_text() == before
+def test_a_plan_that_is_wrong(tmp_path, old, new, words):
+    (tmp_path / "wrong.yaml").write_text(PLAN.replace(old, new))
+    with pytest.raises(ValueError, match=r"path: wrong\.yaml is not a plan of a comparison: ") as caught:
+        read_plan(tmp_path / "wrong.yaml")
+    assert words in str(caught.value)
 
 
-def test_a_failure_while_writing_keeps_the_file_as_it_was(tiny, monkeypatch):
-    made = iter(range(9))
-
-    def fake(*arguments):
-        return {"odd": object()} if next(made) == 1 else SCORED  # cannot be written as JSON
-
-    monkeypatch.setattr(Comparison, "run", fake)
-    with pytest.raises(TypeError):
-        run("tiny", tiny)
-    assert keys(json.loads((tiny / "tiny.json").read_text())) == RUNS[:1]
-
-
-def test_a_crash_in_the_middle_of_writing_does_not_break_the_file(tiny, monkeypatch):
-    """What stands in the place of the file is always whole: it is written beside it and moved there."""
-    seen = []
-    replace = type(tiny).replace
-
-    def watch(self, target):
-        assert json.loads(self.read_text())["runs"]  # complete before it is moved
-        seen.append((self.name, target.name))
-        return replace(self, target)
-
-    monkeypatch.setattr(type(tiny), "replace", watch)
-    monkeypatch.setattr(Comparison, "run", lambda *arguments: SCORED)
-    run("tiny", tiny)
-    assert len(seen) == 5 and {target for _, target in seen} == {"tiny.json"}
-    assert "tiny.json" not in {source for source, _ in seen}
-
-
-def result(rows):
-    runs = [
-        dict(method=m, lr=lr, seed=s, validation=dict(accuracy=v, loss=loss), test=dict(accuracy=t, loss=1.0))
-        for m, lr, s, v, loss, t in rows
-    ]
-    return {"settings": {"seeds": [0, 1, 2], "methods": {row[0]: None for row in rows}}, "runs": runs}
-
-
-def test_the_best_rate_is_chosen_on_validation_data_of_the_first_seed():
-    rows = result(
-        [
-            ("a", 1e-3, 0, 0.70, 0.5, 0.99),  # the best on test
-            ("a", 1e-2, 0, 0.80, 0.6, 0.50),  # the best on validation, with a higher loss than its equal
-            ("a", 5e-2, 0, 0.80, 0.4, 0.10),
-            ("a", 1e-1, 1, 0.95, 0.1, 0.95),  # another seed
-            ("b", 1e-4, 0, 0.99, 0.1, 0.99),  # another method
-        ]
-    )
-    assert best_rate(rows, "a") == 5e-2
-    assert best_rate(rows, "b") == 1e-4
-
-
-def test_the_summary_by_hand():
-    rows = result(
-        [
-            ("a", 1e-2, 0, 0.8, 0.5, 0.70),
-            ("a", 1e-3, 0, 0.7, 0.5, 0.10),  # not its best rate, so it is not in the mean
-            ("a", 1e-2, 1, 0.8, 0.5, 0.72),
-            ("a", 1e-2, 2, 0.1, 0.5, 0.77),
-            ("b", 1e-4, 0, 0.6, 0.5, 0.60),
-        ]
-    )
-    first, second = summary(rows)
-    assert (first["method"], first["lr"], first["seeds"]) == ("a", 1e-2, 3)
-    assert first["mean"] == pytest.approx(73.0)
-    assert first["deviation"] == pytest.approx(math.sqrt((9 + 1 + 16) / 2))
-    assert (second["method"], second["seeds"], second["mean"]) == ("b", 1, pytest.approx(60.0))
-    assert math.isnan(second["deviation"])
-
-
-@pytest.mark.parametrize("name", experiments.COMPARISONS)
-def test_the_experiments_can_be_written_and_are_those_of_the_stored_results(name):
-    experiment = experiments.COMPARISONS[name]
-    settings = experiment.to_json()
-    assert settings == load_results(name)["settings"]
+@pytest.mark.parametrize("name", experiments.names())
+def test_the_plans_of_the_book(name):
+    experiment = experiments.experiment(name)
+    assert experiment.seeds >= 8 and experiment.tuning_seeds >= 3
+    assert json.loads(json.dumps(experiment.to_json())) == experiment.to_json()
     if isinstance(experiment, Comparison):
-        methods = [method for method, _ in settings["methods"].values()]
-        rates = [rates for _, rates in settings["methods"].values()]
-    else:
-        methods, rates = [settings["adapter"]], [way["rates"] for way in settings["ways"].values()]
-    for method in methods:
-        assert gl.Method.from_json(method).to_json() == method
-    assert all(each and all(rate > 0 for rate in each) for each in rates)
+        for method, rate in experiment.methods.values():
+            assert gl.Method.from_json(method.to_json()) == method and rate > 0
 
 
-def test_unknown_names(tiny):
-    with pytest.raises(ValueError, match="name must be one of tiny, got 'huge'"):
-        run("huge", tiny)
-    with pytest.raises(
-        FileNotFoundError, match="no result 'huge' is stored; `guidelib compare huge` makes it"
-    ):
+def test_unknown_names():
+    with pytest.raises(ValueError, match="name must be one of .*, or a YAML file that is there, got 'huge'"):
+        experiments.run("huge")
+    with pytest.raises(FileNotFoundError, match="'huge' is stored; `guidelib compare huge` makes it"):
         load_results("huge")
-    assert not any(tiny.iterdir())
+
+
+# the verdict
+
+
+def result_of(scores, rates=(1.0, 2.0, 4.0), items=1000):
+    """A result of one task: label -> test accuracies by seed.  The middle rate is the best."""
+    runs = []
+    for label, values in scores.items():
+        for lr in rates:
+            for seed, value in enumerate(values if lr == rates[1] else values[:3]):
+                right = np.arange(items) < round(value * items / 100)
+                run = run_of(lr, seed, 0.9 if lr == rates[1] else 0.5, method=label)
+                run["test"] = {"accuracy": right.mean(), "loss": 1.0, "each": pack(right)}
+                runs.append(run)
+    settings = {"tasks": {"t": {}}, "methods": dict.fromkeys(scores), "seeds": 8, "tuning_seeds": 3}
+    return {"settings": settings, "items": {"t": items}, "runs": runs}
+
+
+BASE = [80.0, 81.0, 79.5, 80.5, 82.0, 80.0, 79.0, 81.5]
+NOISE = [0.1, -0.2, 0.3, 0.0, -0.1, 0.2, -0.3, 0.1]
+
+
+def shifted(by, noise=1.0):
+    return [b + by + noise * n for b, n in zip(BASE, NOISE, strict=True)]
+
+
+def test_the_four_verdicts():
+    found = compare(
+        result_of(
+            {
+                "base": BASE,
+                "better": shifted(2),
+                "worse": shifted(-2),
+                "same": shifted(0),
+                "noisy": shifted(0, 20),
+            }
+        ),
+        "base",
+    )
+    assert [v.verdict for v in found] == ["none", "above", "below", "equal", "open"]
+    better = found[1]
+    assert better.difference == pytest.approx(2 + np.mean(NOISE)) and better.low < better.difference
+    assert better.mean == pytest.approx(np.mean(shifted(2)), abs=0.06) and not better.edge
+    assert found[0].difference is None
+
+
+def test_a_wider_margin_and_more_comparisons_change_the_verdict():
+    scores = {"base": BASE, "a bit": [b + 0.25 + n for b, n in zip(BASE, NOISE, strict=True)]}
+    (_, alone) = compare(result_of(scores), "base")
+    assert alone.verdict == "above"  # p is about 0.02
+    many = result_of(scores | {f"noisy {i}": shifted(0, 20) for i in range(9)})
+    assert compare(many, "base")[1].verdict == "equal"
+    assert compare(many, "base", margin=0.3)[1].verdict == "open"
+    assert compare(many, "base", methods=["a bit"])[1].verdict == "above"
+
+
+def test_no_verdict_at_the_edge_of_the_grid_or_with_seeds_missing():
+    at_edge = result_of({"base": BASE, "other": shifted(2)}, rates=(4.0, 2.0, 8.0))
+    assert [v.verdict for v in compare(at_edge, "base")] == ["none", "none"]
+    assert all(v.edge for v in compare(at_edge, "base"))
+    missing = result_of({"base": BASE, "other": shifted(2)[:6]})
+    assert [v.verdict for v in compare(missing, "base")] == ["none", "none"]
+    assert compare(missing, "base")[1].difference is None
+
+
+def test_equal_scores_are_equal():
+    (_, same) = compare(result_of({"base": BASE, "twin": BASE}), "base")
+    assert (same.difference, same.low, same.high, same.p, same.verdict) == (0, 0, 0, 1, "equal")
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.9]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_names_that_a_result_does_not_have():
+    result = result_of({"base": BASE})
+    with pytest.raises(ValueError, match="method must be one of base, got 'bass'"):
+        compare(result, "bass")
+    with pytest.raises(ValueError, match="task must be one of t, got 'u'"):
+        compare(result, "base", task="u")
+
+
+def stored_verdicts():
+    """The complete verdicts of the stored results."""
+    for path in sorted(experiments.RESULTS.glob("*.json")):
+        result = read(path)
+        for task in result["settings"].get("tasks", ()):
+            rows = compare(result, "LoRA r=8 on q, v", task=task)
+            yield from ((result, row) for row in rows if row.difference is not None)
+
+
+def test_a_stored_verdict_again_from_the_raw_predictions():
+    """Not by the paired test but by that of one sample, on the bits and not on the scores."""
+    for result, row in stored_verdicts():
+        items = result["items"][row.task]
+
+        def each(label, lr, result=result, task=row.task, items=items):
+            runs = [r for r in result["runs"] if (r["task"], r["method"], r["lr"]) == (task, label, lr)]
+            return np.array([unpack(r["test"]["each"], items) for r in sorted(runs, key=lambda r: r["seed"])])
+
+        base = next(v for v in compare(result, "LoRA r=8 on q, v", task=row.task) if v.difference is None)
+        gains = (each(row.method, row.lr) - each(base.method, base.lr)).mean(1)
+        test = stats.ttest_1samp(gains, 0)
+        low, high = stats.t.interval(0.95, len(gains) - 1, gains.mean(), stats.sem(gains))
+        assert (row.difference, row.low, row.high) == pytest.approx((gains.mean(), low, high), abs=1e-3)
+        assert row.p >= test.pvalue - 1e-6  # Holm never lowers it
+
+
+@pytest.mark.parametrize("name", [p.stem for p in experiments.RESULTS.glob("*.json")])
+def test_stored_results_are_those_of_the_plan(name):
+    result = load_results(name)
+    if "tuning_seeds" in result["settings"]:  # not one of the earlier protocol
+        assert result["settings"] == experiments.experiment(name).to_json()
+        runs = Results(experiments.experiment(name), result["runs"])
+        assert runs.sorted() == result["runs"]
 
 
 # from domain to domain
 
 WAYS = {
-    OWN: Way("new", 32, 1, (1e-3, 1e-1)),
-    "few: head only": Way("head", 16, 1, (1e-2,)),
-    "few: the nearest adapter": Way("nearest", 16, 1, (1e-2,)),
-    "few: fusion of the others": Way("fusion of others", 16, 1, (1e-2,)),
-    "fusion of all": Way("fusion of all", 32, 1, (1e-2,)),
-    "one adapter for all": Way("pooled", 32, 1, (1e-2,)),
+    OWN: Way("new", 32, 1, 1e-2),
+    "few: head only": Way("head", 16, 1, 1e-2),
+    "few: the nearest adapter": Way("nearest", 16, 1, 1e-2),
+    "few: fusion of the others": Way("fusion of others", 16, 1, 1e-2),
+    "fusion of all": Way("fusion of all", 32, 1, 1e-2),
+    "one adapter for all": Way("pooled", 32, 1, 1e-2),
 }
 PLACES = ("here", "there", "elsewhere")
-TRANSFER = Transfer(
-    "tiny-bert", WAYS, domains=PLACES, adapter=gl.PfeifferAdapter(r=2), batch_size=16, seeds=(0, 1)
-)
+SIZES = {"adapter": gl.PfeifferAdapter(r=2), "batch_size": 16, "seeds": 2, "tuning_seeds": 1}
+TRANSFER = Transfer("tiny-bert", ways=WAYS, domains=PLACES, **SIZES)
 
 
 @pytest.fixture(scope="module")
 def transferred(tmp_path_factory):
     """The stored result, and its folder."""
-    folder = tmp_path_factory.mktemp("results")
+    path = tmp_path_factory.mktemp("results") / "moving.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "COMPARISONS", {"moving": TRANSFER})
         patch.setattr("guidelib.materials.tasks.load_task", lambda name: replace(TASK, name=name))
-        run("moving", folder)
-    return json.loads((folder / "moving.json").read_text()), folder
+        patch.setattr("guidelib.experiments.base.MOST", 3)  # the rates are not what matters here
+        result = make(TRANSFER, path)
+        TRANSFER.tidy(result, path.with_suffix(""))
+        yield result, path.with_suffix("")
 
 
 def made(result, label):
@@ -247,14 +452,11 @@ def made(result, label):
 
 def test_each_way_is_taken_on_each_domain_and_seed_at_one_rate(transferred):
     result, _ = transferred
-    assert result["settings"] == TRANSFER.to_json()
     for label in WAYS:
         domains = (ALL,) if label == "one adapter for all" else PLACES
-        lr = best_rate(result, label)
-        found = [(r["domain"], r["seed"]) for r in made(result, label) if r["lr"] == lr]
+        lr = TRANSFER.best_rate(result, label)
+        found = [(r["task"], r["seed"]) for r in made(result, label) if r["lr"] == lr]
         assert sorted(found) == sorted((domain, seed) for domain in domains for seed in (0, 1))
-    tried = {(r["domain"], r["lr"]) for r in made(result, OWN) if r["seed"] == 0}
-    assert tried == {(domain, lr) for domain in PLACES for lr in (1e-3, 1e-1)}
 
 
 def test_what_each_way_trains(transferred):
@@ -270,58 +472,39 @@ def test_what_each_way_trains(transferred):
         "fusion of all": {fusion},
         "one adapter for all": {adapter},
     }
-    stored = {label: made(result, label)[0]["count"]["stored"] - head for label in WAYS}
-    assert stored["few: fusion of the others"] == fusion + 2 * adapter
-    assert stored["fusion of all"] == fusion + 3 * adapter
     steps = {label: {r["steps"] for r in made(result, label)} for label in WAYS}
     assert steps[OWN] == {2} and steps["few: head only"] == {1} and steps["one adapter for all"] == {6}
 
 
 def test_scores_on_the_other_domains_choose_the_nearest(transferred):
     result, _ = transferred
-    for run_ in made(result, OWN) + made(result, "one adapter for all"):
-        assert set(run_["across"]) == set(PLACES)
-    for run_ in made(result, OWN):
-        assert run_["across"][run_["domain"]]["test"] == run_["test"]
-    for run_ in made(result, "few: the nearest adapter"):
-        lr, domain = best_rate(result, OWN), run_["domain"]
+    for run in made(result, OWN):
+        assert set(run["across"]) == set(PLACES) and run["across"][run["task"]]["test"] == run["test"]
+    for run in made(result, "few: the nearest adapter"):
         others = {
-            r["domain"]: r["across"][domain]["validation"]["accuracy"]
-            for r in made(result, OWN)
-            if (r["lr"], r["seed"]) == (lr, run_["seed"]) and r["domain"] != domain
+            r["task"]: r["across"][run["task"]]["validation"]["accuracy"]
+            for r in TRANSFER.own(result)
+            if r["seed"] == run["seed"] and r["task"] != run["task"]
         }
-        assert others[run_["nearest"]] == max(others.values())
+        assert others[run["nearest"]] == max(others.values())
 
 
 def test_the_weights_of_a_fusion_are_shares(transferred):
     result, _ = transferred
     for label, n in (("fusion of all", 3), ("few: fusion of the others", 2)):
-        for run_ in made(result, label):
-            assert [len(layer) for layer in run_["weights"]] == [n, n]
-            assert all(sum(layer) == pytest.approx(1, abs=1e-3) for layer in run_["weights"])
-    assert not any("weights" in r for r in made(result, OWN))
+        for run in made(result, label):
+            assert [len(layer) for layer in run["weights"]] == [n, n]
+            assert all(sum(layer) == pytest.approx(1, abs=1e-3) for layer in run["weights"])
 
 
-def test_the_adapters_of_the_first_seed_are_kept_and_score_as_stored(transferred):
+def test_the_adapters_of_the_first_seed_are_kept_and_one_that_is_gone_is_made_again(transferred):
     result, folder = transferred
-    lr = best_rate(result, OWN)
-    files = {place: folder / "moving" / f"{place}-0-{lr:g}.safetensors" for place in PLACES}
-    assert set((folder / "moving").iterdir()) == set(files.values())
-    for place, file in files.items():
-        model, tokenizer = gl.load_backbone("tiny-bert", TASK, seed=0)
-        gl.load(model, file)
-        stored = next(r for r in made(result, OWN) if (r["domain"], r["lr"], r["seed"]) == (place, lr, 0))
-        assert gl.evaluate(model, TASK, tokenizer) == stored["test"]
-
-
-def test_nothing_is_left_to_do(transferred, monkeypatch):
-    _, folder = transferred
-    monkeypatch.setattr(experiments, "COMPARISONS", {"moving": TRANSFER})
-    monkeypatch.setattr("guidelib.materials.tasks.load_task", lambda name: replace(TASK, name=name))
-    monkeypatch.setattr(Transfer, "run", lambda *arguments: pytest.fail("nothing may be run"))
-    before = (folder / "moving.json").read_text()
-    run("moving", folder)
-    assert (folder / "moving.json").read_text() == before
+    files = TRANSFER.kept(result, folder)
+    assert set(folder.iterdir()) == set(files.values())
+    path = files["here"]
+    before = path.read_bytes()
+    path.unlink()
+    assert TRANSFER._made("here", 0, result, folder) == path and path.read_bytes() == before
 
 
 # the command
@@ -331,7 +514,7 @@ def test_the_command_says_which_names_it_accepts():
     outcome = CliRunner().invoke(app, ["compare", "no-such-comparison"])
     assert outcome.exit_code == 2
     assert "no-such-comparison" in outcome.output and "Traceback" not in outcome.output
-    assert all(name in outcome.output for name in experiments.COMPARISONS)
+    assert all(name in outcome.output for name in experiments.names())
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["compare", "--help"], ["rebuild", "--help"]])
@@ -340,12 +523,3 @@ def test_the_command_helps(arguments):
     assert outcome.exit_code == (0 if arguments else 2)
     words = ("compare", "rebuild") if len(arguments) < 2 else (arguments[0], "--help")
     assert all(word in outcome.output for word in words)
-
-
-def test_the_command_runs_a_comparison(tiny, monkeypatch):
-    monkeypatch.setattr(Comparison, "run", lambda *arguments: SCORED)
-    monkeypatch.setattr(experiments.run, "__defaults__", (tiny,))  # bound when the module was imported
-    outcome = CliRunner().invoke(app, ["compare", "tiny"])
-    assert outcome.exit_code == 0, outcome.output
-    assert outcome.output.splitlines()[-1].endswith("tiny.json")
-    assert len(json.loads((tiny / "tiny.json").read_text())["runs"]) == 5

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import guidelib as gl
-from guidelib.experiments import load_results, summary
+from guidelib.experiments import load_results
+from guidelib.experiments.earlier import summary
 from guidelib.materials import checkpoints
 from guidelib.materials.checkpoints import TINY_T5_SHA256, tiny_t5_folder
 from guidelib.pretraining.card import CURVE, main, model_card

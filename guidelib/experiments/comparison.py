@@ -1,74 +1,101 @@
-"""Methods on one backbone and task."""
+"""Methods on one backbone and its tasks."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from guidelib.core.attaching import attach
-from guidelib.core.method import Method
-from guidelib.experiments.base import Experiment, Row, at_best_rate, best_rate, score
+from guidelib.core.method import Method, Spec, Sum, expect
+from guidelib.experiments.base import Arm, Experiment, Row
+from guidelib.selective.anchors import HeadOnly
+
+
+@dataclass(frozen=True)
+class Setting(Spec):
+    """How a task is trained.  train: number of items drawn by the seed, None for all."""
+
+    task: str
+    train: int | None = None
+    epochs: float = 1
 
 
 @dataclass(frozen=True)
 class Comparison(Experiment):
-    """Methods on one backbone and task, each at the learning rate that is best on validation data, several
-    seeds.
+    """Methods on one backbone, each on each task.
 
-    methods: label -> (method, learning rates to try).  With more than one rate, each is run with the first
-    seed, and the best on validation data is run with the others: by accuracy (by chrF, where the task is
-    text2text), and by the loss where that ties.
-    The test split takes no part in the choice.
+    tasks: name -> setting.  methods: label -> (method, the first learning rate to try).  Where the head alone
+    is trained, the rate is the head's.
     """
 
-    task: str
-    methods: dict[str, tuple[Method, tuple[float, ...]]]
-    train: int | None = None
-    epochs: float = 1
+    tasks: dict[str, Setting]
+    methods: dict[str, tuple[Method, float]]
 
-    def runs(self, result: Row) -> Iterator[Row]:
-        for label, (_, rates) in self.methods.items():
-            for lr in rates:
-                yield {"method": label, "lr": lr, "seed": self.seeds[0]}
-        for label in self.methods:
-            for seed in self.seeds[1:]:
-                yield {"method": label, "lr": best_rate(result, label), "seed": seed}
+    def arms(self) -> list[Arm]:
+        return [Arm(label, (task,), rate) for task in self.tasks for label, (_, rate) in self.methods.items()]
 
     def run(self, key: Row, result: Row, folder: Path) -> Row:
         from guidelib.materials.backbones import load_backbone
         from guidelib.materials.tasks import load_task
 
-        lr, seed = key["lr"], key["seed"]
-        task = load_task(self.task).subset(train=self.train, seed=seed)
+        lr, seed, setting = key["lr"], key["seed"], self.tasks[key["task"]]
+        method, _ = self.methods[key["method"]]
+        task = load_task(setting.task).subset(train=setting.train, seed=seed)
         model, tokenizer = load_backbone(self.backbone, task, seed=seed)
-        attach(model, self.methods[key["method"]][0], seed=seed)
-        trained = self.fit(model, task, tokenizer, lr, self.epochs, seed)
-        return self.evaluate(model, task, tokenizer) | trained
+        attach(model, method, seed=seed)
+        head_lr = lr if isinstance(method, HeadOnly) else None
+        trained = self.fit(model, task, tokenizer, lr, setting.epochs, seed, head_lr)
+        return trained if "diverged" in trained else self.evaluate(model, task, tokenizer) | trained
 
     def facts(self) -> Row:
+        """The scores of copying, where a task is text to text, and the sizes of the test splits."""
         from guidelib.materials.tasks import load_task
         from guidelib.training.text2text import score
 
-        if (task := load_task(self.task)).kind != "text2text":
-            return {}
-        splits = {split: getattr(task, split) for split in ("validation", "test")}
-        return {"copy": {k: score(d["source"], d["target"], d["source"]) for k, d in splits.items()}}
+        copy, items = {}, {}
+        for name, setting in self.tasks.items():
+            task = load_task(setting.task)
+            items[name] = len(task.test)
+            if task.kind == "text2text":
+                splits = {split: getattr(task, split) for split in ("validation", "test")}
+                copy[name] = {k: score(d["source"], d["target"], d["source"]) for k, d in splits.items()}
+        return {"items": items} | ({"copy": copy} if copy else {})
 
 
-def summary(result: Row) -> list[Row]:
-    """A row per method: learning rate, seeds, mean and standard deviation of the test score (0 to 100)."""
-    rows = []
-    for label in result["settings"]["methods"]:
-        scores = [score(run["test"]) for run in at_best_rate(result, label)]
-        rows.append(
-            {
-                "method": label,
-                "lr": best_rate(result, label),
-                "seeds": len(scores),
-                "mean": statistics.mean(scores),
-                "deviation": statistics.stdev(scores) if len(scores) > 1 else float("nan"),
-            }
-        )
-    return rows
+def read_plan(path: Path) -> Comparison:
+    """A comparison from a YAML file.
+
+        backbone: minilm
+        tasks:
+          movie-reviews: {train: 2000, epochs: 3}
+        methods:
+          head only: {type: HeadOnly, rate: 1.0e-2}
+          LoRA r=8: {type: LoRA, r: 8, alpha: 16, rate: 4.0e-3}
+          NF4 with LoRA: {sum: [{type: NF4}, {type: LoRA, r: 8}], rate: 4.0e-3}
+
+    ``seeds``, ``tuning_seeds``, ``batch_size``, ``max_length``, ``head_lr`` and ``precision`` may stand
+    beside ``backbone``.  A task's name may differ from that of its data: ``{task: movie-reviews}``.  Raises
+    ValueError that names the file and what is wrong in it.
+    """
+    path = Path(path)
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        expect(isinstance(settings, dict), "plan", settings, "a mapping with backbone, tasks and methods")
+        tasks = {name: Setting(**{"task": name} | (given or {})) for name, given in settings["tasks"].items()}
+        methods = {label: _method(label, dict(given)) for label, given in settings["methods"].items()}
+        plan = Comparison(**settings | {"tasks": tasks, "methods": methods})
+    except (yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(f"path: {path.name} is not a plan of a comparison: {error}") from error
+    return plan
+
+
+def _method(label: str, given: dict[str, Any]) -> tuple[Method, float]:
+    rate = given.pop("rate", None)
+    expect(isinstance(rate, float) and rate > 0, f"{label}: rate", rate, "a learning rate such as 4.0e-3")
+    members = given.pop("sum", None)
+    method = Sum(tuple(map(Spec.from_json, members))) if members else Spec.from_json(given)
+    expect(isinstance(method, Method), label, given, "a method such as {type: LoRA, r: 8}")
+    return method, rate

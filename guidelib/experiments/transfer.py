@@ -6,7 +6,6 @@ The adapters of the first seed stay in a folder beside the result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from guidelib.additive.adapters.bottleneck import PfeifferAdapter
 from guidelib.additive.adapters.fusion import AdapterFusion
 from guidelib.core.attaching import Attachment, attach, load
 from guidelib.core.method import Spec
-from guidelib.experiments.base import Experiment, Row, at_best_rate, best_rate, score
+from guidelib.experiments.base import Arm, Experiment, Results, Row, score
 from guidelib.selective.anchors import HeadOnly
 
 if TYPE_CHECKING:
@@ -35,44 +34,48 @@ class Way(Spec):
     start: "head", a new head on the frozen model; "new", a new adapter; "pooled", one for all domains;
     "fusion of all" adapters that way OWN has made, or "fusion of others", without the domain's own;
     "nearest", the other domains' adapter that is best on this one's validation data, head included.
-    train: sentences of the domain.  rates: learning rates to try.
+    train: sentences of the domain.  rate: the first learning rate to try.
     """
 
     start: str
     train: int
     epochs: float
-    rates: tuple[float, ...]
+    rate: float
 
 
 @dataclass(frozen=True)
 class Transfer(Experiment):
-    """Each way on each domain.  The rate of a way is the best by its mean accuracy on the validation data of
-    all domains, with the first seed."""
+    """Each way on each domain.  A way has one rate for all domains."""
 
     ways: dict[str, Way]
     domains: tuple[str, ...] = DOMAINS
     adapter: PfeifferAdapter = PfeifferAdapter(r=16)
 
-    def runs(self, result: Row) -> Iterator[Row]:
-        for label, way in self.ways.items():
-            domains = (ALL,) if way.start == "pooled" else self.domains
-            for lr in way.rates:
-                for domain in domains:
-                    yield {"method": label, "domain": domain, "lr": lr, "seed": self.seeds[0]}
-            for seed in self.seeds[1:]:
-                for domain in domains:
-                    yield {"method": label, "domain": domain, "lr": best_rate(result, label), "seed": seed}
+    def arms(self) -> list[Arm]:
+        reuse = ("nearest", "fusion of others", "fusion of all")
+        return [
+            Arm(
+                label,
+                (ALL,) if way.start == "pooled" else self.domains,
+                way.rate,
+                after=(OWN,) if way.start in reuse else (),
+            )
+            for label, way in self.ways.items()
+        ]
 
     def run(self, key: Row, result: Row, folder: Path) -> Row:
         from guidelib.materials.backbones import load_backbone
         from guidelib.materials.tasks import load_task
 
-        way, domain, lr, seed = self.ways[key["method"]], key["domain"], key["lr"], key["seed"]
+        way, domain, lr, seed = self.ways[key["method"]], key["task"], key["lr"], key["seed"]
         tasks = {name: load_task(name).subset(train=way.train, seed=seed) for name in self.domains}
         task = _pool(list(tasks.values())) if domain == ALL else tasks[domain]
         model, tokenizer = load_backbone(self.backbone, task, seed=seed)
         attachment, row = self._start(model, way, domain, seed, result, folder)
-        trained = self.fit(model, task, tokenizer, lr, way.epochs, seed)
+        head_lr = lr if way.start == "head" else None
+        trained = self.fit(model, task, tokenizer, lr, way.epochs, seed, head_lr)
+        if "diverged" in trained:
+            return trained
         across = {}
         if key["method"] == OWN or domain == ALL:
             across = {name: self.evaluate(model, other, tokenizer) for name, other in tasks.items()}
@@ -82,8 +85,8 @@ class Transfer(Experiment):
         if isinstance(attachment.method, AdapterFusion):
             row["weights"] = _mean_weights(attachment, task, tokenizer, self.max_length)
         if key["method"] == OWN:
-            folder.mkdir(exist_ok=True)
-            attachment.save(_file(folder, domain, seed, lr))
+            folder.mkdir(parents=True, exist_ok=True)
+            attachment.save(file_of(folder, domain, seed, lr))
         return row
 
     def _start(
@@ -94,18 +97,35 @@ class Transfer(Experiment):
             return attach(model, self.adapter, seed=seed), {}
         if way.start == "head":
             return attach(model, HeadOnly(), seed=seed), {}
-        lr = best_rate(result, OWN)
         if way.start == "nearest":
             fits = {
-                run["domain"]: score(run["across"][domain]["validation"])
-                for run in at_best_rate(result, OWN)
-                if run["seed"] == seed and run["domain"] != domain
+                run["task"]: score(run["across"][domain], "validation")
+                for run in self.own(result)
+                if run["seed"] == seed and run["task"] != domain
             }
             nearest = max(fits, key=fits.get)
-            return load(model, _file(folder, nearest, seed, lr)), {"nearest": nearest}
+            return load(model, self._made(nearest, seed, result, folder)), {"nearest": nearest}
         names = [name for name in self.domains if way.start == "fusion of all" or name != domain]
-        fusion = AdapterFusion(tuple(_file(folder, name, seed, lr) for name in names), self.adapter)
-        return attach(model, fusion, seed=seed), {}
+        files = tuple(self._made(name, seed, result, folder) for name in names)
+        return attach(model, AdapterFusion(files, self.adapter), seed=seed), {}
+
+    def _made(self, domain: str, seed: int, result: Row, folder: Path) -> Path:
+        """The adapter of a domain; made again if its file is gone."""
+        lr = self.best_rate(result, OWN)
+        path = file_of(folder, domain, seed, lr)
+        if not path.exists():
+            self.run({"task": domain, "method": OWN, "lr": lr, "seed": seed}, result, folder)
+        return path
+
+    def best_rate(self, result: Row, label: str) -> float:
+        """The learning rate that was chosen for a way."""
+        arm = next(arm for arm in self.arms() if arm.method == label)
+        return Results(self, result["runs"]).rates(arm)[1]
+
+    def own(self, result: Row) -> list[Row]:
+        """The runs of way OWN at its best rate."""
+        lr = self.best_rate(result, OWN)
+        return [run for run in result["runs"] if (run["method"], run["lr"]) == (OWN, lr)]
 
     def tidy(self, result: Row, folder: Path) -> None:
         for path in set(folder.glob("*.safetensors")) - set(self.kept(result, folder).values()):
@@ -113,8 +133,8 @@ class Transfer(Experiment):
 
     def kept(self, result: Row, folder: Path) -> dict[str, Path]:
         """The adapters of the first seed at the best rate, by domain."""
-        lr = best_rate(result, OWN)
-        return {domain: _file(folder, domain, self.seeds[0], lr) for domain in self.domains}
+        lr = self.best_rate(result, OWN)
+        return {domain: file_of(folder, domain, 0, lr) for domain in self.domains}
 
 
 def _mean_weights(
@@ -132,7 +152,7 @@ def _mean_weights(
     return [[round(share, 4) for share in weights[tokens].mean(0).tolist()] for weights in layers]
 
 
-def _file(folder: Path, domain: str, seed: int, lr: float) -> Path:
+def file_of(folder: Path, domain: str, seed: int, lr: float) -> Path:
     """Where the adapter of a run is kept."""
     return folder / f"{domain}-{seed}-{lr:g}.safetensors"
 
@@ -147,25 +167,27 @@ def _pool(tasks: list[Task]) -> Task:
     return replace(tasks[0], name=ALL, **splits)
 
 
-def scores(result: Row) -> dict[str, dict[str, list[float]]]:
-    """Test accuracy in per cent by way and domain, one for each seed."""
-    domains = result["settings"]["domains"]
-    found = {label: {domain: [] for domain in domains} for label in result["settings"]["ways"]}
-    for label in found:
-        for run in at_best_rate(result, label):
-            tests = {run["domain"]: run["test"]}
-            if run["domain"] == ALL:
-                tests = {domain: run["across"][domain]["test"] for domain in domains}
-            for domain, test in tests.items():
-                found[label][domain].append(score(test))
-    return found
+TRANSFER = Transfer(
+    "minilm",
+    precision="bf16",
+    ways={
+        OWN: Way("new", MANY, 1, 8e-3),
+        "head only": Way("head", MANY, 1, 1e-2),
+        "few: head only": Way("head", FEW, 8, 1e-2),
+        "few: a new adapter": Way("new", FEW, 8, 8e-3),
+        "few: the nearest adapter": Way("nearest", FEW, 8, 4e-3),
+        "few: fusion of the others": Way("fusion of others", FEW, 8, 5e-4),
+        "fusion of all four": Way("fusion of all", MANY, 1, 2e-4),
+        "one adapter for all": Way("pooled", MANY, 1, 4e-3),
+    },
+)
 
 
 def across(result: Row) -> dict[str, dict[str, list[float]]]:
     """Test accuracy in per cent of each domain's adapter (and head) on each domain, one for each seed."""
     domains = result["settings"]["domains"]
     found = {trained: {tested: [] for tested in domains} for trained in domains}
-    for run in at_best_rate(result, OWN):
+    for run in TRANSFER.own(result):
         for tested in domains:
-            found[run["domain"]][tested].append(score(run["across"][tested]["test"]))
+            found[run["task"]][tested].append(score(run["across"][tested]))
     return found

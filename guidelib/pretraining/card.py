@@ -13,7 +13,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from guidelib.experiments import RESULTS, best_rate
+from guidelib.experiments import RESULTS
+from guidelib.experiments.earlier import best_rate
 from guidelib.materials.checkpoints import tiny_t5_folder
 from guidelib.pages import viz
 from guidelib.pretraining.corpus import AUSTEN, KJV, WEB, WORDNET

@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm.std import tqdm  # the text bar: the notebook one saves a widget that is dead on a page
@@ -33,7 +35,7 @@ from guidelib.core.method import expect
 from guidelib.machine import device
 from guidelib.materials.tasks import SPLITS, Task
 from guidelib.training import recompute
-from guidelib.training.text2text import generate, score
+from guidelib.training.text2text import chrf_of_each, generate, score
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ def fit(
     weight_decay: float = 0.0,
     seed: int = 0,
     keep_less: bool = False,
+    precision: str = "fp32",
     progress: bool = True,
 ) -> Fit:
     """Train what is attached to ``model`` on the task's training split, with AdamW and a linear schedule.
@@ -70,7 +73,7 @@ def fit(
     the steps over which the rate rises.  max_length: tokens kept of each text.  Batches hold texts of
     similar length.  ``seed`` fixes the order of the data and the dropout.  keep_less: recompute what is cheap
     in the backward pass instead of keeping it (see ``guidelib.training.recompute``); the losses stay the
-    same.
+    same.  precision: "fp32", or "bf16" for mixed precision (products in bfloat16, parameters in 32 bits).
 
     Raises ValueError if nothing is attached, the method is merged, or the data or a number is impossible;
     FloatingPointError if the loss is no longer finite.  The parameters are then what they were before, those
@@ -95,6 +98,7 @@ def fit(
         len(task.train) > 0, "task", f"{task.name} with an empty training split", "a task with training data"
     )
 
+    _expect_precision(precision)
     data = task.encode(tokenizer, "train", max_length)
     collate = _collator(model, task, tokenizer)
     attachment.method.prepare(attachment, DataLoader(data, batch_size=batch_size, collate_fn=collate))
@@ -128,6 +132,7 @@ def fit(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.attachment, trainer.losses, trainer.keep_less = attachment, [], keep_less
+        trainer.precision = precision
         start = time.perf_counter()
         try:
             trainer.train()
@@ -150,17 +155,24 @@ def evaluate(
     split: str = "test",
     batch_size: int = 64,
     max_length: int = 64,
-) -> dict[str, float]:
+    precision: str = "fp32",
+    each: bool = False,
+) -> dict[str, Any]:
     """Mean loss of ``model`` on a split (of a text per text, of text2text per token), and how well it does.
 
     For classification that is ``accuracy`` (0 to 1); for text2text the scores of
-    `guidelib.training.text2text.score` for what it writes greedily.
+    `guidelib.training.text2text.score` for what it writes greedily.  ``each`` adds an array with one entry
+    per item, in the order of the data: whether the answer is right, or the chrF of the text.  precision: as
+    in ``fit``.
     """
+    _expect_precision(precision)
     full = split not in SPLITS or len(getattr(task, split)) > 0
     expect(full, "task", f"{task.name} with an empty {split} split", "a task with data there")
     data = task.encode(tokenizer, split, max_length)
-    data = data.select(sorted(range(len(data)), key=lambda i: len(data[i]["input_ids"])))  # little padding
-    with tempfile.TemporaryDirectory() as folder:
+    lengths = np.array([len(ids) for ids in data["input_ids"]])
+    order = np.argsort(lengths, kind="stable")
+    data = data.select(order)  # little padding
+    with tempfile.TemporaryDirectory() as folder, _mixed(model, precision):
         arguments = TrainingArguments(
             folder,
             per_device_eval_batch_size=batch_size,
@@ -175,10 +187,21 @@ def evaluate(
             written = generate(
                 model, tokenizer, texts["source"], max_length=max_length, batch_size=batch_size
             )
-            return {"loss": loss} | score(written, texts["target"], texts["source"])
+            found = {"loss": loss} | score(written, texts["target"], texts["source"])
+            return found | ({"each": chrf_of_each(written, texts["target"])} if each else {})
         result = trainer.predict(data)
-    right = result.predictions.argmax(-1) == result.label_ids
-    return {"accuracy": float(right.mean()), "loss": float(result.metrics["test_loss"])}
+    right = np.empty(len(order), dtype=bool)
+    right[order] = result.predictions.argmax(-1) == result.label_ids
+    found = {"accuracy": float(right.mean()), "loss": float(result.metrics["test_loss"])}
+    return found | ({"each": right} if each else {})
+
+
+def _expect_precision(precision: object) -> None:
+    expect(precision in ("fp32", "bf16"), "precision", precision, "fp32 or bf16")
+
+
+def _mixed(model: PreTrainedModel, precision: str) -> torch.autocast:
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def _finite(value: object) -> bool:
@@ -228,7 +251,7 @@ class _Trainer(Trainer):
         return scheduler
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        with recompute.keep_less() if self.keep_less else nullcontext():
+        with _mixed(model, self.precision), recompute.keep_less() if self.keep_less else nullcontext():
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
             method = self.attachment.method
             terms = method.regularizer(self.attachment), method.batch_loss(self.attachment, inputs, outputs)

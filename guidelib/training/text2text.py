@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -74,10 +75,7 @@ def score(outputs: Sequence[str], references: Sequence[str], sources: Sequence[s
         f"{len(outputs)} texts for {len(references)} references and {len(sources)} sources",
         "one output and one reference for each source, and at least one",
     )
-    try:
-        from sacrebleu.metrics import CHRF
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("chrF needs the package sacrebleu; run `pip install sacrebleu`") from error
+    chrf = _chrf()
     right = given = wanted = 0
     for output, reference, source in zip(outputs, references, sources, strict=True):
         ours, theirs = new_words(source, output), new_words(source, reference)
@@ -89,12 +87,26 @@ def score(outputs: Sequence[str], references: Sequence[str], sources: Sequence[s
                     right += 1
                     break
     return {
-        "chrf": CHRF().corpus_score(list(outputs), [list(references)]).score,
+        "chrf": chrf.corpus_score(list(outputs), [list(references)]).score,
         "exact": sum(o == r for o, r in zip(outputs, references, strict=True)) / len(outputs),
         "precision": right / given if given else 0.0,
         "recall": right / wanted if wanted else 0.0,
         "f1": 2 * right / (given + wanted) if given + wanted else 0.0,
     }
+
+
+def chrf_of_each(outputs: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """The chrF (0 to 100) of each output alone.  Raises as ``score`` does."""
+    chrf = _chrf()
+    return np.array([chrf.sentence_score(o, [r]).score for o, r in zip(outputs, references, strict=True)])
+
+
+def _chrf():
+    try:
+        from sacrebleu.metrics import CHRF
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("chrF needs the package sacrebleu; run `pip install sacrebleu`") from error
+    return CHRF()
 
 
 def new_words(source: str, text: str) -> list[tuple[str, int, int]]:

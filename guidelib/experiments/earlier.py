@@ -1,0 +1,80 @@
+"""Reading results that were made before the present plans: one seed chose the rate, nothing was packed.
+
+The pages read them until the runs of the present plans are in; then this file and those results go.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+from guidelib.core.method import Spec, expect
+from guidelib.experiments.base import Row, score
+from guidelib.experiments.transfer import ALL, OWN, file_of
+
+
+def settings(result: Row) -> SimpleNamespace:
+    """The settings of a result: ``methods`` as label -> (method, rates), and the rest as it is."""
+    stored = result["settings"]
+    methods = {label: (Spec.from_json(m), rates) for label, (m, rates) in stored.get("methods", {}).items()}
+    return SimpleNamespace(**stored | {"methods": methods})
+
+
+def best_rate(result: Row, label: str) -> float:
+    """The learning rate of ``label`` with the highest validation score at the first seed: the mean over the
+    tasks, where there are several; where scores tie, the one with the lowest loss."""
+    first, tried = result["settings"]["seeds"][0], defaultdict(list)
+    for run in result["runs"]:
+        if run["method"] == label and run["seed"] == first:
+            tried[run["lr"]].append((score(run, "validation"), -run["validation"]["loss"]))
+    expect(bool(tried), "label", label, "a method that the result holds runs of")
+    return max(tried, key=lambda lr: [statistics.mean(values) for values in zip(*tried[lr], strict=True)])
+
+
+def at_best_rate(result: Row, label: str) -> list[Row]:
+    """The runs of ``label`` at its best learning rate, all seeds."""
+    lr = best_rate(result, label)
+    return [run for run in result["runs"] if (run["method"], run["lr"]) == (label, lr)]
+
+
+def summary(result: Row) -> list[Row]:
+    """A row per method: learning rate, seeds, mean and standard deviation of the test score (0 to 100)."""
+    rows = []
+    for label in result["settings"]["methods"]:
+        scores = [score(run) for run in at_best_rate(result, label)]
+        deviation = statistics.stdev(scores) if len(scores) > 1 else float("nan")
+        row = {"method": label, "lr": best_rate(result, label), "seeds": len(scores)}
+        rows.append(row | {"mean": statistics.mean(scores), "deviation": deviation})
+    return rows
+
+
+def scores(result: Row) -> dict[str, dict[str, list[float]]]:
+    """Test accuracy in per cent by way and domain, one for each seed, of the transfer between domains."""
+    domains = result["settings"]["domains"]
+    found = {label: {domain: [] for domain in domains} for label in result["settings"]["ways"]}
+    for label in found:
+        for run in at_best_rate(result, label):
+            tests = {run["domain"]: run}
+            if run["domain"] == ALL:
+                tests = {domain: run["across"][domain] for domain in domains}
+            for domain, test in tests.items():
+                found[label][domain].append(score(test))
+    return found
+
+
+def across(result: Row) -> dict[str, dict[str, list[float]]]:
+    """Test accuracy in per cent of each domain's adapter (and head) on each domain, one for each seed."""
+    domains = result["settings"]["domains"]
+    found = {trained: {tested: [] for tested in domains} for trained in domains}
+    for run in at_best_rate(result, OWN):
+        for tested in domains:
+            found[run["domain"]][tested].append(score(run["across"][tested]))
+    return found
+
+
+def adapters(result: Row, folder: Path) -> dict[str, Path]:
+    """The trained adapters that are stored beside the transfer, by domain."""
+    lr = best_rate(result, OWN)
+    return {domain: file_of(folder, domain, 0, lr) for domain in result["settings"]["domains"]}

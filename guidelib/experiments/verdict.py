@@ -1,0 +1,135 @@
+"""One verdict for the whole book: is a method better than another, as good, worse, or is that open?
+
+The seed draws the training items, their order and the head, so runs with equal seeds are pairs, and only the
+differences within pairs say something.  For each method there is the mean difference from the reference with
+its 95 % interval and p-value (paired t-test), and the p-values are corrected for the number of comparisons
+(Holm 1979).  The verdict is then
+
+    above, below   the corrected p-value is less than 0.05
+    equal          it is not, and the interval lies within the margin
+    open           neither
+    none           the best rate of one of the two was at the edge of the rates tried, or runs are missing
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from guidelib.core.method import expect
+from guidelib.experiments.base import Row, score
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A method on a task beside the reference; scores in per cent, one for each seed.
+
+    rates: learning rate -> mean validation score.  difference, low, high: of the paired differences, None for
+    the reference.  p: after Holm's correction.  edge: whether the best rate is the lowest or highest tried.
+    """
+
+    task: str
+    method: str
+    lr: float
+    rates: dict[float, float]
+    scores: tuple[float, ...]
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    verdict: str = "none"
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.scores))
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation over the seeds."""
+        return float(np.std(self.scores, ddof=1)) if len(self.scores) > 1 else float("nan")
+
+    @property
+    def edge(self) -> bool:
+        return self.lr in (min(self.rates), max(self.rates))
+
+
+def compare(
+    result: Row,
+    reference: str,
+    *,
+    task: str | None = None,
+    methods: Sequence[str] | None = None,
+    margin: float = 1.0,
+) -> list[Verdict]:
+    """The verdict on each method of a result on one task, in the order of its settings, the reference
+    included.
+
+    reference: the label to compare with.  task: its name, the result's first one without it.  methods: the
+    labels to compare; each label counts as one comparison.  margin: in points of the score.  Raises
+    ValueError for a name that the result does not have.
+    """
+    tasks = list(result["settings"]["tasks"])
+    task = tasks[0] if task is None else task
+    expect(task in tasks, "task", task, f"one of {', '.join(tasks)}")
+    labels = list(result["settings"]["methods"])
+    for label in (reference, *(methods or ())):
+        expect(label in labels, "method", label, f"one of {', '.join(labels)}")
+    chosen = [label for label in labels if methods is None or label in methods or label == reference]
+    found = {label: _best(result, task, label) for label in chosen}
+    found = {label: row for label, row in found.items() if row is not None}
+    if reference not in found:
+        return list(found.values())
+    base = found[reference]
+    beside = [row for label, row in found.items() if label != reference and _comparable(row, base)]
+    tests = [stats.ttest_rel(row.scores, base.scores) for row in beside]
+    corrected = holm([test.pvalue for test in tests])
+    for row, test, p in zip(beside, tests, corrected, strict=True):
+        interval = test.confidence_interval(LEVEL)
+        difference = float(np.mean(np.subtract(row.scores, base.scores)))
+        low, high = (float(np.nan_to_num(x, nan=difference)) for x in interval)  # nan: all pairs the same
+        verdict = "open"
+        if p < 1 - LEVEL:
+            verdict = "above" if difference > 0 else "below"
+        elif -margin <= low and high <= margin:
+            verdict = "equal"
+        found[row.method] = Verdict(
+            task, row.method, row.lr, row.rates, row.scores, difference, low, high, float(p), verdict
+        )
+    return list(found.values())
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values after Holm's correction for their number: each stays comparable with the level itself."""
+    order, corrected, largest = np.argsort(p_values), np.empty(len(p_values)), 0.0
+    for rank, index in enumerate(order):
+        p = np.nan_to_num(p_values[index], nan=1.0)  # nan: all differences are 0
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p))
+        corrected[index] = largest
+    return corrected.tolist()
+
+
+def _best(result: Row, task: str, label: str) -> Verdict | None:
+    """What the runs say of a method alone; None if its rate is not chosen yet."""
+    settings = result["settings"]
+    tuning = min(settings["tuning_seeds"], settings["seeds"])
+    runs = [run for run in result["runs"] if (run["task"], run["method"]) == (task, label)]
+    rates, losses = {}, {}
+    for lr in sorted({run["lr"] for run in runs}):
+        tried = [run for run in runs if run["lr"] == lr and run["seed"] < tuning]
+        if len(tried) == tuning:
+            rates[lr] = float(np.mean([score(run, "validation") for run in tried]))
+            losses[lr] = np.mean([run.get("validation", {"loss": np.inf})["loss"] for run in tried])
+    if not rates:
+        return None
+    lr = max(rates, key=lambda lr: (rates[lr], -losses[lr]))
+    scores = {run["seed"]: score(run) for run in runs if run["lr"] == lr}
+    return Verdict(task, label, lr, rates, tuple(scores[seed] for seed in sorted(scores)))
+
+
+def _comparable(row: Verdict, base: Verdict) -> bool:
+    return not row.edge and not base.edge and len(row.scores) == len(base.scores) > 1

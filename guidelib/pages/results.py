@@ -1,0 +1,96 @@
+"""What the pages show of an experiment: one table and one figure of its verdicts, one figure of its rates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from guidelib.core.method import expect
+from guidelib.experiments.verdict import Verdict
+from guidelib.pages.viz import COLOURS, Output, style, table
+
+_LOOKS = {  # verdict -> colour and marker; the colour never carries the meaning alone
+    "above": (COLOURS["method"], "^"),
+    "below": (COLOURS["other"], "v"),
+    "equal": (COLOURS["full"], "o"),
+    "open": (COLOURS["head"], "D"),
+}
+
+
+def verdict_table(verdicts: Sequence[Verdict], *, caption: str = "") -> Output:
+    """The verdicts of `guidelib.experiments.compare` as a table, a row per method.
+
+    Test score: mean ± standard deviation over the seeds.  Difference: from the reference, within pairs of
+    equal seeds, with its 95 % interval.  A rate with * was at the edge of those tried, so there is no
+    verdict.  Raises ValueError where there is no row.
+    """
+    expect(bool(verdicts), "verdicts", verdicts, "at least one")
+    return table([_row(v) for v in verdicts], caption=caption)
+
+
+def _row(v: Verdict) -> dict[str, str | int]:
+    there = v.difference is not None
+    return {
+        "method": v.method,
+        "rate": f"{v.lr:g}{'*' if v.edge else ''}",
+        "seeds": len(v.scores),
+        "test score": f"{v.mean:.1f} ± {v.deviation:.1f}",
+        "difference": f"{_signed(v.difference)} [{_signed(v.low)}, {_signed(v.high)}]" if there else "–",
+        "verdict": v.verdict if there else "–",
+    }
+
+
+def _signed(points: float) -> str:
+    text = f"{points:+.1f}".replace("-", "−")
+    return "0.0" if text in ("+0.0", "−0.0") else text
+
+
+def verdict_figure(verdicts: Sequence[Verdict], *, margin: float = 1.0) -> Figure:
+    """Each method's difference from the reference with its 95 % interval; grey: the margin of "equal".
+
+    Raises ValueError where nothing was compared.
+    """
+    rows = [v for v in verdicts if v.difference is not None]
+    expect(bool(rows), "verdicts", verdicts, "at least one with a difference from the reference")
+    with style():
+        figure, ax = plt.subplots(figsize=(5.6, 1.2 + 0.32 * len(rows)))
+        ax.axvspan(-margin, margin, color="#EEEEEE", zorder=0)
+        ax.axvline(0, color=COLOURS["head"], linewidth=1)
+        for verdict, (colour, marker) in _LOOKS.items():
+            at = [(i, v) for i, v in enumerate(rows) if v.verdict == verdict]
+            if at:
+                middle = [v.difference for _, v in at]
+                ends = [[v.difference - v.low for _, v in at], [v.high - v.difference for _, v in at]]
+                ax.errorbar(
+                    *(middle, [i for i, _ in at]),
+                    xerr=ends,
+                    fmt=marker,
+                    color=colour,
+                    linewidth=1.5,
+                    capsize=3,
+                    label=verdict,
+                )
+        ax.set_yticks(range(len(rows)), [v.method for v in rows])
+        ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel="points of test score from the reference")
+        ax.grid(axis="y", visible=False)
+        figure.legend(loc="outside upper center", ncols=4)
+        plt.close(figure)
+    return figure
+
+
+def rate_figure(verdicts: Sequence[Verdict]) -> Figure:
+    """Validation score against learning rate, a line per method, with its chosen rate marked."""
+    expect(bool(verdicts), "verdicts", verdicts, "at least one")
+    with style():
+        figure, ax = plt.subplots()
+        for v in verdicts:
+            rates = sorted(v.rates)
+            (line,) = ax.plot(rates, [v.rates[lr] for lr in rates], label=v.method)
+            ax.plot(v.lr, v.rates[v.lr], marker="o", color=line.get_color())
+        ax.set(xscale="log", xlabel="learning rate", ylabel="validation score")
+        if len(verdicts) > 1:
+            figure.legend(loc="outside upper center", ncols=2)
+        plt.close(figure)
+    return figure
