@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 
 import guidelib as gl
-from guidelib.training.text2text import generate, new_words, score
+from guidelib.training.text2text import chrf_of_each, generate, new_words, score
 
 PAIRS = [("Thou art the man.", "You are the man."), ("He saith unto them, Go.", "He said to them, “Go.”")] * 8
 
@@ -79,6 +79,13 @@ def test_score_of_the_reference_and_of_a_copy():
     assert best == {"chrf": pytest.approx(100), "exact": 1, "precision": 1, "recall": 1, "f1": 1}
     copy = score(sources, targets, sources)
     assert 0 < copy.pop("chrf") < 100 and set(copy.values()) == {0}
+
+
+def test_the_chrf_of_each_text_is_its_own():
+    outputs, references = ["the same", "not at all", ""], ["the same", "quite other", "words"]
+    alone = [score([o], [r], [r])["chrf"] for o, r in zip(outputs, references, strict=True)]
+    assert chrf_of_each(outputs, references).tolist() == pytest.approx(alone)
+    assert alone[0] == 100 and alone[2] == 0
 
 
 def test_changes_are_counted_by_hand():

@@ -90,6 +90,32 @@ def test_evaluate_is_what_a_loop_finds(rows):
         assert result["loss"] == pytest.approx(sum(losses) / 32, abs=1e-5)
 
 
+def test_evaluate_says_of_each_item_whether_it_is_right_in_the_order_of_the_data():
+    model = attached()
+    gl.fit(model, TASK, TOKENIZER, **QUICK | dict(epochs=3))
+    found = gl.evaluate(model, TASK, TOKENIZER, max_length=32, each=True)
+    with torch.no_grad():
+        alone = [
+            model(**TOKENIZER(text, return_tensors="pt")).logits.argmax().item() for text in TASK.test["text"]
+        ]
+    right = [answer == label for answer, label in zip(alone, TASK.test["label"], strict=True)]
+    assert found["each"].tolist() == right and 0 < sum(right) < len(right)
+    assert found["accuracy"] == sum(right) / len(right)
+
+
+def test_mixed_precision_trains_what_is_trained_in_32_bits_and_leaves_the_model_as_it_was():
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        model = attached()
+        losses[precision] = gl.fit(model, TASK, TOKENIZER, **QUICK, precision=precision).losses
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        exact = gl.evaluate(model, TASK, TOKENIZER, max_length=32)["loss"]
+        mixed = gl.evaluate(model, TASK, TOKENIZER, max_length=32, precision="bf16")["loss"]
+        assert 0 < abs(exact - mixed) < 0.02
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], abs=0.05)
+
+
 def test_the_seed_decides():
     losses = [gl.fit(attached(), TASK, TOKENIZER, **QUICK, seed=seed).losses for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
