@@ -51,10 +51,35 @@ def small(kind):
     return AutoModel.from_config(config).double().eval()
 
 
-MODELS = [*((build, name) for name in BACKBONES), *((small, kind) for kind in ARCHITECTURES)]
+CROSSING = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "gpt2")  # if configured so
 
 
-@pytest.fixture(params=MODELS, ids=lambda pair: pair[1])
+def crossing(kind):
+    """A decoder that reads an encoder's states by cross-attention in every block."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SIZES, is_decoder=True, add_cross_attention=True)
+    return AutoModel.from_config(config).double().eval()
+
+
+MODELS = [
+    *((build, name) for name in BACKBONES),
+    *((small, kind) for kind in ARCHITECTURES),
+    *((crossing, kind) for kind in CROSSING),
+]
+
+
+def call(model):
+    """One forward pass, with the states of an encoder where the model can read them."""
+    ids = torch.arange(3, 13).reshape(2, 5)
+    more = {"decoder_input_ids": ids + 1} if model.config.is_encoder_decoder else {}
+    if getattr(model.config, "add_cross_attention", False):
+        states = torch.randn(2, 3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        more = {"encoder_hidden_states": states}
+    with torch.no_grad():
+        return model(input_ids=ids, **more)[0]
+
+
+@pytest.fixture(params=MODELS, ids=lambda pair: f"{pair[0].__name__}-{pair[1]}")
 def model(request):
     make, name = request.param
     return make(name)
@@ -338,10 +363,7 @@ def test_every_attention_is_called(model):
     for *_, attention in anatomy.attentions():
         assert attention is not None
         attention.register_forward_hook(lambda module, args, output: calls.append(module))
-    ids = torch.tensor([[3, 4, 5]])
-    decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    with torch.no_grad():
-        model(input_ids=ids, **decoder)
+    call(model)
     assert calls == [attention for *_, attention in anatomy.attentions()]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from common import BACKBONES, batch, build, outputs, randomise
-from test_anatomy import MODELS, small
+from test_anatomy import CROSSING, MODELS, call, crossing, small
 from torch import nn
 
 import guidelib as gl
@@ -20,7 +20,7 @@ from guidelib.core.points.weight_delta import DeltaPart
 from guidelib.reparametrization.lora import LowRank
 
 
-@pytest.fixture(params=MODELS, ids=lambda pair: pair[1])
+@pytest.fixture(params=MODELS, ids=lambda pair: f"{pair[0].__name__}-{pair[1]}")
 def model(request):
     make, name = request.param
     return make(name)
@@ -63,20 +63,13 @@ def probes(model, read, point="before dropout", names=("attn", "ffn")):
     return parts
 
 
-def run(model):
-    ids = torch.arange(3, 13).reshape(2, 5)
-    inputs = {"input_ids": ids}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids + 1
-    model(**inputs)
-
-
 def test_every_sublayer_of_every_block_is_found(model):
     found = [sublayer.name for sublayer in Anatomy(model).sublayers()]
     expected = []
     for stack, layer, _ in Anatomy(model).blocks():
-        crossing = stack == "decoder" and model.config.is_encoder_decoder
-        roles = ("self", "cross", "ffn") if crossing else ("self", "ffn")
+        config = model.config
+        reads = stack == "decoder" if config.is_encoder_decoder else getattr(config, "add_cross_attention", 0)
+        roles = ("self", "cross", "ffn") if reads else ("self", "ffn")
         expected += [f"{stack}.{layer}.{role}" for role in roles]
     assert found == expected
 
@@ -95,8 +88,7 @@ def test_what_is_read_makes_up_the_residual_stream(model):
             )
         )
     norms = {s.name: s.norm for s in Anatomy(model).sublayers()}
-    with torch.no_grad():
-        run(model)
+    call(model)
     order = list(x)
     for name, following in zip(order, [*order[1:], None], strict=True):
         assert len(x[name]) == len(h[name]) == 1
@@ -109,10 +101,12 @@ def test_what_is_read_makes_up_the_residual_stream(model):
         assert h[name][0].abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_the_point_is_before_or_after_the_residual_dropout(kind):
+@pytest.mark.parametrize(
+    ("make", "kind"), [*((small, kind) for kind in ARCHITECTURES), *((crossing, kind) for kind in CROSSING)]
+)
+def test_the_point_is_before_or_after_the_residual_dropout(make, kind):
     """With dropout at one half, half of what is read behind it is zero."""
-    model = small(kind).train()
+    model = make(kind).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.5
@@ -125,7 +119,7 @@ def test_the_point_is_before_or_after_the_residual_dropout(kind):
         return
     after = probes(model, "output", "after dropout")
     torch.manual_seed(0)
-    run(model)
+    call(model)
     for name in before:
         (a,), (b,) = before[name].module.seen, after[name].module.seen
         without = kind in ("llama", "mistral", "qwen2", "qwen3", "gemma")

@@ -194,7 +194,8 @@ class Anatomy:
         sublayers = (
             _sublayer(name, layer, role, block, self.stacks[name])
             for name, layer, block in self.blocks()
-            for role in self.stacks[name].ends
+            for role, (norm, _) in self.stacks[name].ends.items()
+            if _find(block, norm) is not None
         )
         return self._choose("sublayers", names, SUBLAYER_NAMES, sublayers, _stands_for)
 
@@ -217,7 +218,8 @@ class Anatomy:
         """(stack, layer, "self" or "cross", attention module) in order, within the restriction."""
         for name, layer, block in self.blocks():
             for kind, path in self.stacks[name].attention.items():
-                yield name, layer, kind, _find(block, path)
+                if (attention := _find(block, path)) is not None:
+                    yield name, layer, kind, attention
 
     def norms(self) -> dict[str, nn.Parameter]:
         """Gains and biases of every normalisation layer (LayerNorm and the RMS variants), by parameter

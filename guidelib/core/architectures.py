@@ -33,12 +33,14 @@ Ends = dict[str, tuple[str, str | None]]
 class Stack:
     """One stack of blocks: where its list is, and where each role is inside a block.
 
-    A path that a model does not have (the gate of an ungated feed-forward network, say) is simply not there.
-    ``path[i/n]`` is the i-th of n equal parts of a fused projection's outputs.
+    A path that a model does not have (the gate of an ungated feed-forward network, the cross-attention of a
+    BERT that is no decoder) is simply not there.  ``path[i/n]`` is the i-th of n equal parts of a fused
+    projection's outputs.
 
     ``ends`` gives each sub-layer's norm and the dropout that acts on its output before the residual is added:
-    a path, None where there is none, "" where the block calls it as a function.  ``pre_norm``: whether the
-    norm stands at the sub-layer's start instead of behind the residual sum.
+    a path, None where there is none, "" where the block calls it as a function.  Where the norm is missing,
+    so is the sub-layer.  ``pre_norm``: whether the norm stands at the sub-layer's start instead of behind the
+    residual sum.
     """
 
     blocks: str
@@ -63,13 +65,15 @@ def _stack(
     return Stack(blocks, linears | ffn, {kind: paths[0] for kind, paths in attention.items()}, ends, pre_norm)
 
 
+_BERT_MAPS = ("self.query", "self.key", "self.value", "output.dense")
 _BERT = {
     "encoder": _stack(
         "encoder.layer",
-        {"self": ("attention", "self.query", "self.key", "self.value", "output.dense")},
+        {"self": ("attention", *_BERT_MAPS), "cross": ("crossattention", *_BERT_MAPS)},
         {"ffn.in": "intermediate.dense", "ffn.out": "output.dense"},
         {
             "self": ("attention.output.LayerNorm", "attention.output.dropout"),
+            "cross": ("crossattention.output.LayerNorm", "crossattention.output.dropout"),
             "ffn": ("output.LayerNorm", "output.dropout"),
         },
     )
@@ -85,9 +89,16 @@ _DISTILBERT = {
 _GPT2 = {
     "decoder": _stack(
         "h",
-        {"self": ("attn", "c_attn[0/3]", "c_attn[1/3]", "c_attn[2/3]", "c_proj")},
+        {
+            "self": ("attn", "c_attn[0/3]", "c_attn[1/3]", "c_attn[2/3]", "c_proj"),
+            "cross": ("crossattention", "q_attn", "c_attn[0/2]", "c_attn[1/2]", "c_proj"),
+        },
         {"ffn.in": "mlp.c_fc", "ffn.out": "mlp.c_proj"},
-        {"self": ("ln_1", "attn.resid_dropout"), "ffn": ("ln_2", "mlp.dropout")},
+        {
+            "self": ("ln_1", "attn.resid_dropout"),
+            "cross": ("ln_cross_attn", "crossattention.resid_dropout"),
+            "ffn": ("ln_2", "mlp.dropout"),
+        },
         pre_norm=True,
     )
 }
