@@ -363,6 +363,27 @@ def test_adapterdrop_is_an_expression_of_on():
     assert [p.sublayer.name for p in only.parts] == ["decoder.1.ffn"]
 
 
+@pytest.mark.parametrize(
+    ("method", "places"),
+    [
+        (gl.LoRA(r=2, targets="cross.q"), ["decoder.1.cross.q"]),  # there in one stack alone
+        (gl.LoRA(r=2, targets="self.q").on(stack="encoder"), ["encoder.1.self.q"]),
+        (gl.LoRA(r=2, targets="self.q").on(layers=-1), ["encoder.1.self.q", "decoder.1.self.q"]),
+        (gl.IntrinsicSAID(d=100), ["IntrinsicSAID"]),  # one subspace, not one for each stack
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_both_stacks_are_dropped_from_at_once(method, places):
+    attachment = gl.attach(build("tiny-bart"), gl.AdapterDrop(method, drop=1))
+    assert [part.place for part in attachment.parts] == places
+
+
+def test_only_adapters_can_be_left_out_at_random():
+    for method in (gl.LoRA(r=2), PLAIN + gl.LoRA(r=2), gl.AdapterDrop(PLAIN, 1, random=True)):
+        with pytest.raises(ValueError, match="random must be False for .*, which adds more than adapters"):
+            gl.attach(build("tiny-bert"), gl.AdapterDrop(method, 1, random=True))
+
+
 def test_at_random_each_pass_in_training_leaves_the_first_few_out():
     model, inputs = deep_bert(), batch("tiny-bert")
     attachment = gl.attach(model, gl.AdapterDrop(PLAIN, drop=3, random=True))
@@ -714,7 +735,7 @@ REFUSED = [
     (gl.AdaMix, dict(shared="both"), "shared must be one of up, down, none, got 'both'"),
     (gl.AdaMix, dict(consistency=-1), "consistency must be a number of at least 0, got -1"),
     (gl.AdapterDrop, dict(drop=-1), "drop must be a whole number of at least 0, got -1"),
-    (gl.AdapterDrop, dict(method="adapter"), "method must be a method such as PfeifferAdapter(), got"),
+    (gl.AdapterDrop, dict(method="adapter"), "method must be a method such as LoRA(), got"),
     (gl.AdapterDrop, dict(random=1), "random must be True or False, got 1"),
     (gl.AdapterFusion, dict(adapters=1), "adapters must be the paths of two or more adapters, or a whole "),
     (gl.AdapterFusion, dict(adapters=("a",)), "adapters must be the paths of two or more adapters"),

@@ -224,9 +224,70 @@ def test_restrict(arguments, blocks):
     assert len(list(anatomy.blocks())) == 4  # the first one is not changed
 
 
-def test_a_restriction_of_a_restriction_is_their_intersection():
-    anatomy = Anatomy(build("tiny-bart")).restrict(0).restrict((0, 1), "decoder")
-    assert [(stack, layer) for stack, layer, _ in anatomy.blocks()] == [("decoder", 0)]
+NESTED = [  # one after the other, and what is left
+    ([dict(layers=0), dict(layers=(0, 1), stack="decoder")], ["decoder.0"]),
+    ([dict(stack="encoder"), dict(layers=0)], ["encoder.0"]),
+    ([dict(layers=0), dict(stack="encoder")], ["encoder.0"]),
+    ([dict(layers=-1), dict(layers=(0, 1)), dict(stack="decoder"), dict(stack="decoder")], ["decoder.1"]),
+]
+
+
+@pytest.mark.parametrize(("steps", "blocks"), NESTED, ids=lambda value: str(value)[:40])
+def test_a_restriction_of_a_restriction_is_their_intersection(steps, blocks):
+    anatomy, method = Anatomy(build("tiny-bart")), gl.LoRA(r=2, targets="self.q")
+    for arguments in steps:
+        anatomy, method = anatomy.restrict(**arguments), method.on(**arguments)
+    assert [f"{stack}.{layer}" for stack, layer, _ in anatomy.blocks()] == blocks
+    attachment = gl.attach(build("tiny-bart"), method)
+    assert [part.place for part in attachment.parts] == [f"{block}.self.q" for block in blocks]
+
+
+def test_the_order_of_two_restrictions_makes_no_difference():
+    """Even where the layer is in one stack alone."""
+    uneven = AutoConfig.for_model("bart", **(BART_SIZES | dict(encoder_layers=3, decoder_layers=1)))
+    model, method = AutoModel.from_config(uneven), gl.LoRA(r=2, targets="q")
+    expected = method.on(layers=2, stack="encoder")
+    assert method.on(layers=2).on(stack="encoder") == method.on(stack="encoder").on(layers=2) == expected
+    assert [part.place for part in gl.attach(model, expected).parts] == ["encoder.2.self.q"]
+
+
+def test_an_empty_intersection_is_refused():
+    model = build("tiny-bart")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for method, words in (
+        (gl.LoRA(r=2).on(layers=0).on(layers=1), "layers (0,) of stack None: none of them is among enc"),
+        (gl.FullFineTuning().on(stack="encoder").on(stack="decoder"), "none of them is among decoder [0, 1]"),
+        (gl.AdapterDrop(gl.PfeifferAdapter(r=2).on(layers=0), 1), "layers (0,) of stack None: none of them"),
+        (gl.AdapterDrop(gl.LoRA(r=2), 1).on(layers=0), "drop must be less than 1, the number of layers, got"),
+    ):
+        with pytest.raises(ValueError) as error:
+            gl.attach(model, method)
+        assert words in str(error.value)
+        assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+        assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (dict(layers=0.5), "layers must be None, a whole number or several of them, got 0.5"),
+        (dict(layers="all"), "layers must be None, a whole number or several of them, got 'all'"),
+        (dict(stack=0), "stack must be None or a stack's name, got 0"),
+    ],
+)
+def test_impossible_restrictions(arguments, words):
+    with pytest.raises(ValueError) as error:
+        gl.LoRA().on(**arguments)
+    assert words in str(error.value)
+
+
+def test_one_method_at_two_places_is_two_methods():
+    one = gl.AdaLoRA(r=2, target_r=1, targets="q")
+    low = one.on(layers=0)
+    for method in (one + one, low.on(stack="encoder") + low.on(stack="encoder"), (one + low) + (one + one)):
+        attachment = gl.attach(build("tiny-bert"), method)
+        mine = [attachment.parts_of(getattr(member, "method", member)) for member in method.methods]
+        assert sum(map(len, mine)) == len(attachment.parts) and all(mine)
 
 
 BAD_RESTRICTIONS = [
@@ -235,6 +296,7 @@ BAD_RESTRICTIONS = [
     ("tiny-bert", dict(layers=("0",)), ["whole numbers", "got ['0']"]),
     ("tiny-bert", dict(layers=(0.0,)), ["whole numbers", "got [0.0]"]),
     ("tiny-bert", dict(layers=()), ["whole numbers", "got ()"]),
+    ("tiny-bert", dict(layers=(True,)), ["whole numbers", "got [True]"]),
     ("tiny-bert", dict(stack="decoder"), ["stack must be one of encoder for bert", "got 'decoder'"]),
     ("tiny-bart", dict(stack="both"), ["stack must be one of encoder, decoder for bart", "got 'both'"]),
 ]

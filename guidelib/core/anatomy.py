@@ -123,7 +123,7 @@ class Anatomy:
                 "guidelib.core.architectures.ARCHITECTURES"
             )
         self.base = model.base_model
-        self.restricted = False
+        self.restricted = False  # to some of the blocks
         self.stacks = {
             name: stack for name, stack in ARCHITECTURES[self.kind].items() if _find(self.base, stack.blocks)
         }
@@ -134,27 +134,43 @@ class Anatomy:
     def restrict(self, layers: Layers = None, stack: str | None = None) -> Anatomy:
         """The same anatomy limited to some layers (negative numbers count from the top) and one stack.
 
-        Raises ValueError for a layer or a stack that the model does not have.
+        What was left out before stays out.  Raises ValueError for a layer or a stack that the model does not
+        have, and where nothing is left.
         """
+        if layers is stack is None:
+            return self
         if stack is not None and stack not in self.stacks:
             raise ValueError(f"stack must be one of {', '.join(self.stacks)} for {self.kind}, got {stack!r}")
-        names = [stack] if stack else list(self.stacks)
-        limited = object.__new__(Anatomy)
-        limited.__dict__.update(self.__dict__)
-        limited.restricted = layers is not None or stack is not None or self.restricted
-        limited._layers = {name: kept for name, kept in self._layers.items() if name in names}
+        kept = {name: inside for name, inside in self._layers.items() if stack in (None, name)}
         if layers is not None:
             wanted = [layers] if isinstance(layers, int) else list(layers)
-            for name in names:
+            for name, inside in kept.items():
                 depth = len(_find(self.base, self.stacks[name].blocks))
-                bad = [layer for layer in wanted if not isinstance(layer, int) or not -depth <= layer < depth]
+                bad = [n for n in wanted if type(n) is not int or not -depth <= n < depth]
                 if bad or not wanted:
                     raise ValueError(
                         f"layers must be whole numbers from {-depth} to {depth - 1} for the {name}, "
                         f"got {bad or '()'}"
                     )
-                chosen = {layer % depth for layer in wanted}
-                limited._layers[name] = tuple(layer for layer in self._layers[name] if layer in chosen)
+                chosen = {n % depth for n in wanted}
+                kept[name] = tuple(n for n in inside if n in chosen)
+        return self._limited(kept, f"layers {layers} of stack {stack}")
+
+    def without_first(self, n: int) -> Anatomy:
+        """The same anatomy without the layers 0 to n - 1 of each stack.
+
+        Raises ValueError where nothing is left.
+        """
+        kept = {name: tuple(m for m in inside if m >= n) for name, inside in self._layers.items()}
+        return self._limited(kept, f"all but the first {n} layers")
+
+    def _limited(self, kept: dict[str, tuple[int, ...]], asked: str) -> Anatomy:
+        kept = {name: inside for name, inside in kept.items() if inside}
+        if not kept:
+            there = ", ".join(f"{name} {list(inside)}" for name, inside in self._layers.items()) or "none"
+            raise ValueError(f"{asked}: none of them is among {there}, to which the method is restricted")
+        limited = object.__new__(Anatomy)
+        limited.__dict__.update(self.__dict__, _layers=kept, restricted=True)
         return limited
 
     def blocks(self) -> Iterator[tuple[str, int, nn.Module]]:

@@ -6,9 +6,10 @@ restricts one.  ``attach`` in attaching.py puts one to work on a model.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
@@ -127,9 +128,16 @@ class Method(Spec):
 
     def on(self, layers: Layers = None, stack: str | None = None) -> Method:
         """This method on some layers (numbers; negative ones count from the top) and one stack only."""
-        if layers is not None:
-            layers = (layers,) if isinstance(layers, int) else tuple(layers)
-        return On(replace(self), layers, stack)  # a copy: one method at two places is two methods
+        return On(copy.deepcopy(self), layers, stack)  # a copy: one method at two places is two methods
+
+
+def _within(value: Any) -> Iterator[Method]:
+    """The methods that a method is made of, itself included."""
+    if isinstance(value, Method):
+        yield value
+        value = tuple(getattr(value, field.name) for field in fields(value))
+    for member in value if isinstance(value, tuple) else ():
+        yield from _within(member)
 
 
 @dataclass(frozen=True)
@@ -141,6 +149,12 @@ class Sum(Method):
     def __post_init__(self):
         right = isinstance(self.methods, tuple) and all(isinstance(m, Method) for m in self.methods)
         expect(right, "methods", self.methods, "a tuple of methods")
+        apart: list[Method] = []
+        for method in self.methods:  # one method at two places is two methods
+            there = {id(m) for other in apart for m in _within(other)}
+            shared = any(id(m) in there for m in _within(method))
+            apart.append(copy.deepcopy(method) if shared else method)
+        object.__setattr__(self, "methods", tuple(apart))
 
     def parts(self, anatomy, saved):
         return [part for method in self.methods for part in method.parts(anatomy, saved)]
@@ -182,6 +196,9 @@ class Wrapper(Method):
 
     method: Method
 
+    def __post_init__(self):
+        expect(isinstance(self.method, Method), "method", self.method, "a method such as LoRA()")
+
     def prepare(self, attachment, batches):
         self.method.prepare(attachment, batches)
 
@@ -203,10 +220,27 @@ class Wrapper(Method):
 
 @dataclass(frozen=True)
 class On(Wrapper):
-    """A method on a part of the model."""
+    """A method on a part of the model: ``layers`` (numbers; negative ones count from the top) and one
+    ``stack``."""
 
     layers: tuple[int, ...] | None = None
     stack: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        layers = [self.layers] if isinstance(self.layers, int) else self.layers
+        if layers is not None:
+            right = isinstance(layers, Iterable) and not isinstance(layers, str)
+            expect(right, "layers", layers, "None, a whole number or several of them")
+            object.__setattr__(self, "layers", tuple(layers))
+        expect(isinstance(self.stack, str | None), "stack", self.stack, "None or a stack's name")
+
+    def on(self, layers=None, stack=None):
+        # one restriction if it is of two kinds: so the order in which they were written makes no difference
+        if (self.layers is None or layers is None) and (self.stack is None or stack is None):
+            layers, stack = (self.layers if layers is None else layers), stack or self.stack
+            return On(copy.deepcopy(self.method), layers, stack)
+        return super().on(layers, stack)
 
     def parts(self, anatomy, saved):
         return self.method.parts(anatomy.restrict(self.layers, self.stack), saved)

@@ -39,34 +39,31 @@ class AdapterDrop(Wrapper):
     random: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         whole = isinstance(self.drop, int) and self.drop >= 0
         expect(whole, "drop", self.drop, "a whole number of at least 0")
-        expect(isinstance(self.method, Method), "method", self.method, "a method such as PfeifferAdapter()")
         expect(isinstance(self.random, bool), "random", self.random, "True or False")
 
-    def restrictions(self, anatomy: Anatomy) -> list[Anatomy]:
-        """The anatomy of each stack without its first layers."""
-        stacks: dict[str, list[int]] = {}
-        for stack, layer, _ in anatomy.blocks():
-            stacks.setdefault(stack, []).append(layer)
-        depth = min(max(layers) + 1 for layers in stacks.values())
+    def restriction(self, anatomy: Anatomy) -> Anatomy:
+        """The anatomy without the first layers of each stack, or all of it if they are left out at random."""
+        last = {stack: layer for stack, layer, _ in anatomy.blocks()}
+        depth = min(last.values(), default=-1) + 1
         expect(self.drop < depth, "drop", self.drop, f"less than {depth}, the number of layers")
-        if self.random:
-            return [anatomy]
-        return [anatomy.restrict([n for n in layers if n >= self.drop], s) for s, layers in stacks.items()]
+        return anatomy if self.random else anatomy.without_first(self.drop)
 
     def parts(self, anatomy: Anatomy, saved: Mapping[str, torch.Tensor]) -> list[Part]:
-        parts = [part for kept in self.restrictions(anatomy) for part in self.method.parts(kept, saved)]
+        parts = self.method.parts(self.restriction(anatomy), saved)
         if self.random:
-            adapters = [part for part in parts if isinstance(part, SublayerPart)]
-            parts.append(RandomDrop(self, anatomy.base, adapters))
+            adapters = all(isinstance(part, SublayerPart) for part in parts)
+            expect(adapters, "random", True, f"False for {self.method!r}, which adds more than adapters")
+            parts.append(RandomDrop(self, anatomy.base, list(parts)))
         return parts
 
     def select(self, anatomy: Anatomy) -> set[str]:
-        return set().union(*(self.method.select(kept) for kept in self.restrictions(anatomy)))
+        return self.method.select(self.restriction(anatomy))
 
     def rewrites(self, anatomy: Anatomy) -> set[str]:
-        return set().union(*(self.method.rewrites(kept) for kept in self.restrictions(anatomy)))
+        return self.method.rewrites(self.restriction(anatomy))
 
 
 class RandomDrop(Part):
