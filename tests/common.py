@@ -59,7 +59,7 @@ METHOD_CASES = {
     ),
     "qlora": Case(gl.QLoRA(r=4), identity="near", bound=8.0),  # T5's random logits reach 10
     "nf4-lora": Case(gl.NF4(double=False) + gl.LoRA(r=2).on(layers=-1), identity="near", bound=8.0),
-    "flora-multiply": Case(gl.FLoRA(r=3, tasks=2, targets=("o", "ffn"))),
+    "flora-multiply": Case(gl.FLoRA(r=3, tasks=2, targets="all")),
     "flora-add": Case(gl.FLoRA(r=3, tasks=2, form="add", targets="all")),
     "adalora": Case(gl.AdaLoRA(r=4, target_r=2, alpha=8)),
     "relora": Case(gl.ReLoRA(r=3, alpha=8, targets=("q", "v"))),

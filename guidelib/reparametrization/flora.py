@@ -150,15 +150,20 @@ class Fast(PerExample):
         return (weight * self.product()).to(weight.dtype), bias
 
     def adjust(self, x, y, weight, bias):
-        """The layer's own output y is not needed."""
+        """Where the layer has run, its output y is corrected; y is None where this takes its place."""
         a, b = self.chosen(x)
         per_row = () if isinstance(self.ids, int) else (len(x), *(1 for _ in x.shape[1:-1]))
         total = None
         for k in range(a.shape[-2]):
-            scaled = (x * a[..., k, :].view(*per_row, -1)).to(weight.dtype)
-            inner = F.linear(scaled, weight, bias if k == 0 else None)
+            beside = k == 0 and y is not None
+            scaled = x * a[..., k, :].view(*per_row, -1)
+            scaled = (scaled - x if beside else scaled).to(weight.dtype)
+            inner = F.linear(scaled, weight, bias if k == 0 and not beside else None)
             dtype, outer, factor = inner.dtype, inner.to(b.dtype), b[..., k].view(*per_row, -1)
-            if k == 0 and bias is not None:
+            if beside:  # to the bit y where a_1 = b_1 = 1; a product with a slice of W may round otherwise
+                whole = (y if bias is None else y - bias) + outer  # W (a_1 * x)
+                outer = y + (factor * whole - whole + outer)
+            elif k == 0 and bias is not None:
                 # bias + factor * (outer - bias), and to the bit the layer's own output where the factor is 1
                 outer = torch.lerp(bias.to(b.dtype), outer, factor)
             else:
@@ -180,8 +185,8 @@ class Fast(PerExample):
 
 
 class FastPart(DeltaPart):
-    """Fast in the place of its layer's own product.  One map of a fused layer stands beside that instead,
-    which costs one product more."""
+    """Fast in the place of its layer's own product.  One map of a fused layer corrects that instead, which
+    costs one product more."""
 
     def plug(self) -> None:
         if self.site.rows is not None:
@@ -192,17 +197,16 @@ class FastPart(DeltaPart):
         super().unplug()
         self.give_back(self.site.module, self._forward)
 
-    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+    def _forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         layer = self.site.module  # with gradient, in case its own weight or bias is trained, too
         weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
         rows = slice(None) if self.site.rows is None else self.site.rows
-        return self.delta.adjust(x, None, weight[rows], None if layer.bias is None else layer.bias[rows])
+        return self.delta.adjust(x, y, weight[rows], None if layer.bias is None else layer.bias[rows])
 
     def _hook(self, module, args, output):
         rows = self.site.rows
-        return torch.cat(
-            (output[..., : rows.start], self._forward(args[0]), output[..., rows.stop :]), dim=-1
-        )
+        own = self._forward(args[0], output[..., rows])
+        return torch.cat((output[..., : rows.start], own, output[..., rows.stop :]), dim=-1)
 
 
 @contextmanager
