@@ -212,6 +212,10 @@ def test_importance_by_hand():
         s["Lambda"][i] + s["P"][:, i].sum() / 32 + s["Q"][i].sum() / 32 for i in range(2)
     ]  # fmt: skip
     assert torch.allclose(part.delta.importance(), torch.stack(expected).detach(), rtol=1e-12, atol=0)
+    before = part.delta.importance()
+    part.delta.Lambda.grad = None  # left out of a step: P and Q have the gradient of the penalty alone
+    part.delta.remember(0.5, 0.75)
+    assert torch.equal(part.delta.importance(), before)
 
 
 def test_with_a_constant_budget_and_no_penalty_it_is_lora_with_a_diagonal():

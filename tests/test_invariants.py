@@ -272,6 +272,27 @@ def test_a_deep_copy_is_independent(attached):
     assert torch.equal(outputs(attachment.model, inputs), acting)
 
 
+@pytest.mark.parametrize("name", [case for case, backbone in CASES if backbone == "tiny-bart"])
+def test_training_goes_on_where_a_layer_is_left_out(name):
+    """Layer drop: what stands in those layers gets no gradient at that step."""
+    model, inputs = build("tiny-bart"), batch("tiny-bart")
+    attachment, encoder = gl.attach(model, METHOD_CASES[name].method), model.model.encoder
+    method, trained = attachment.method, [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01)
+    method.prepare(attachment, [inputs])
+    for number, encoder.layerdrop in enumerate((1.0, 0.0, 1.0), 1):
+        model.train().zero_grad()
+        output = model(**inputs)
+        terms = output.loss, method.regularizer(attachment), method.batch_loss(attachment, inputs, output)
+        sum(term for term in terms if term is not None).backward()
+        optimizer.step()
+        method.after_step(attachment, number, 4, optimizer)
+        if number == 1:
+            assert all(p.grad is None for p in encoder.layers.parameters())
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert outputs(model, inputs).isfinite().all()
+
+
 @pytest.mark.parametrize("backbone", ENCODERS[:1])
 def test_7_kept_bytes_are_ordered_as_the_theory_says(backbone):
     def kept(method):

@@ -158,7 +158,13 @@ class Triplets(Delta):
         )
 
     def remember(self, beta1: float, beta2: float) -> None:
-        """Take in the gradients: |w g| is about what the loss would change by if w were zero."""
+        """Take in the gradients: |w g| is about what the loss would change by if w were zero.
+
+        A weight that took no part in the step (layer drop) is not judged by it; P and Q have the penalty's
+        gradient all the same.
+        """
+        if self.Lambda.grad is None:
+            return
         for name, w in self.named_parameters():
             mean, spread = self.remembered.get(name, (torch.zeros_like(w), torch.zeros_like(w)))
             now = (w * w.grad).abs()
