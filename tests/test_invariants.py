@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from common import BACKBONES, DECODERS, ENCODERS, METHOD_CASES, SEQ2SEQ, batch, build, outputs, randomise
-from torch.func import functional_call
+from torch.func import functional_call, grad, jvp, vmap
 
 import guidelib as gl
 from guidelib.core.anatomy import ADDED
@@ -115,9 +115,18 @@ def test_2_weight_space_and_activation_space_agree_in_value_and_gradient(attache
         assert not parts or not attachment.mergeable
         return
     randomise(attachment)
+    twice = backbone == "tiny-bert"  # enough to see that the second derivatives agree as well
+    if twice:
+        model.set_attn_implementation("eager")  # the fused one has none
     wanted = list({id(p): p for part in parts for p in part.parameters()}.values())
+
+    def gradients(loss):
+        first = torch.autograd.grad(loss, wanted, create_graph=twice)
+        size = sum(g.square().sum() for g in first)
+        return first, torch.autograd.grad(size, wanted, materialize_grads=True) if twice else ()
+
     fast = model(**inputs).loss
-    fast_gradients = torch.autograd.grad(fast, wanted)
+    fast_gradients = gradients(fast)
 
     parameters = dict(model.named_parameters())
     names = {id(module): name for name, module in model.named_modules()}
@@ -131,8 +140,9 @@ def test_2_weight_space_and_activation_space_agree_in_value_and_gradient(attache
         part.unplug()
     defined = functional_call(model, weights, kwargs=inputs).loss
     assert abs(fast - defined) < 1e-12
-    for a, b in zip(fast_gradients, torch.autograd.grad(defined, wanted), strict=True):
-        assert (a - b).abs().max() < 1e-12
+    for mine, theirs in zip(fast_gradients, gradients(defined), strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            assert (a - b).abs().max() < 1e-12
 
 
 def test_3_gradients_reach_what_is_trained_and_nothing_else(attached):
@@ -146,6 +156,31 @@ def test_3_gradients_reach_what_is_trained_and_nothing_else(attached):
         reached |= {n for n, p in trainable.items() if p.grad is not None and p.grad.abs().max() > 1e-12}
     assert {name for name in trainable.keys() - reached if not case.silent(name)} == set()
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+@pytest.mark.parametrize("name", METHOD_CASES)
+def test_3_torch_func_gives_each_example_its_gradient_and_the_slope_along_a_direction(name):
+    model = build("tiny-bert")
+    model.set_attn_implementation("eager")
+    randomise(gl.attach(model, METHOD_CASES[name].method))
+    inputs = batch("tiny-bert", padded=False)
+    del inputs["attention_mask"]  # transformers looks into it
+    weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    def loss(weights, example):
+        return functional_call(model, weights, kwargs={key: row[None] for key, row in example.items()}).loss
+
+    gradients = vmap(grad(loss), (None, 0))(weights, inputs)
+    for i in range(3):
+        model.zero_grad()
+        example = {key: rows[i] for key, rows in inputs.items()}
+        model(**{key: row[None] for key, row in example.items()}).loss.backward()
+        for name, gradient in gradients.items():
+            expected = model.get_parameter(name).grad
+            assert (gradient[i] - (0 if expected is None else expected)).abs().max() < 1e-12, name
+    along = {n: torch.full_like(w, 0.5) for n, w in weights.items()}
+    _, slope = jvp(lambda weights: loss(weights, example), (weights,), (along,))
+    assert abs(slope - sum(g[2].sum() / 2 for g in gradients.values())) < 1e-10
 
 
 def test_4_counts_are_consistent(attached):

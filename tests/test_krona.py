@@ -49,8 +49,9 @@ def test_gradients_of_the_two_products():
         torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True)
         for shape in ((2, 3, 4, 5), (2, 4), (3, 5))
     )
-    assert torch.autograd.gradcheck(TwoSided.apply, (x, a, b))
-    assert torch.autograd.gradcheck(lambda x: TwoSided.apply(x.mT, b, a), (x,))
+    assert torch.autograd.gradcheck(TwoSided.apply, (x, a, b), check_forward_ad=True)
+    assert torch.autograd.gradcheck(lambda x: TwoSided.apply(x.mT, b, a), (x,), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(TwoSided.apply, (x, a, b))
 
 
 def test_the_surveys_sketch_reshapes_by_the_wrong_sides():

@@ -197,8 +197,19 @@ def test_a_layers_gradients_are_those_of_its_dequantised_weight(turned):
     weight = quantized.dequantize().t() if turned else quantized.dequantize()
     x = normal(2, 3, weight.shape[1], seed=1, dtype=torch.float64).requires_grad_()
     bias = normal(weight.shape[0], seed=2, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, b: nf4._Linear.apply(x, b, quantized, turned), (x, bias))
-    assert torch.autograd.gradcheck(lambda x: nf4._Linear.apply(x, None, quantized, turned), (x,))
+
+    def layer(x, bias=None):
+        return nf4._Linear.apply(x, bias, quantized, turned)
+
+    for function, inputs in (
+        (layer, (x, bias)),
+        (layer, (x,)),
+        (lambda bias: layer(x.detach(), bias), (bias,)),
+    ):
+        assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(layer, (x, bias))
+    tokens = torch.func.vmap(layer, (0, None))(x.flatten(0, 1), bias)  # one at a time
+    assert (tokens - layer(x, bias).flatten(0, 1)).abs().max() < 1e-12
     mine, theirs = nf4._Linear.apply(x, bias, quantized, turned), F.linear(x, weight, bias)
     assert torch.equal(mine, theirs)
     for a, b in zip(*(torch.autograd.grad(y.square().sum(), (x, bias)) for y in (mine, theirs)), strict=True):

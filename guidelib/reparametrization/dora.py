@@ -51,7 +51,7 @@ class Directed(Delta):
     @torch.no_grad()
     def norm(self, weight: torch.Tensor) -> torch.Tensor:
         """The length of every row of V, (d_out,).  Nowhere else does the fast path form V."""
-        norm = (weight + self.update.delta()).norm(dim=1)
+        norm = (weight + self.update.delta()).norm(dim=1).detach()  # no_grad does not reach forward mode
         return norm.clamp_min(torch.finfo(norm.dtype).tiny)  # a row of zeros has no direction
 
     def effective(

@@ -108,11 +108,9 @@ class Kronecker(Delta):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product = (Compiled if torch.compiler.is_compiling() else TwoSided).apply
         x = x.unflatten(-1, (self.A.shape[1], self.B.shape[1]))  # (..., i1, i2)
-        if self.right_first:
-            y = TwoSided.apply(x, self.A, self.B)
-        else:
-            y = TwoSided.apply(x.mT, self.B, self.A).mT
+        y = product(x, self.A, self.B) if self.right_first else product(x.mT, self.B, self.A).mT
         return self.scale * y.flatten(-2)  # (..., o1, o2) -> (..., d_out)
 
 
@@ -120,16 +118,22 @@ class TwoSided(torch.autograd.Function):
     """X (..., i1, i2), A (o1, i1), B (o2, i2) -> A (X B^T), (..., o1, o2).
 
     X B^T is made again in the backward pass.  Autograd would keep it, i1 o2 numbers per token, which is more
-    than the whole of A (x) B once there are many tokens.
+    than the whole of A (x) B once there are many tokens.  Second derivatives, forward mode and torch.func's
+    transforms work as for the two products.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, a, b):
-        ctx.save_for_backward(x, a, b)
+    def forward(x, a, b):
         return a @ (x @ b.t())
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
     def backward(ctx, gradient):
         x, a, b = ctx.saved_tensors
         shape, tokens = x.shape, x.shape[:-2].numel()
@@ -140,3 +144,15 @@ class TwoSided(torch.autograd.Function):
         of_b = torch.einsum("tip,tik->pk", between, x)
         of_x = (between @ b).reshape(shape) if ctx.needs_input_grad[0] else None
         return of_x, of_a, of_b
+
+    @staticmethod
+    def jvp(ctx, along_x, along_a, along_b):
+        x, a, b = ctx.saved_tensors
+        along = (along_x, a, b), (x, along_a, b), (x, a, along_b)
+        return sum(a @ (x @ b.t()) for x, a, b in along if all(t is not None for t in (x, a, b)))
+
+
+class Compiled(TwoSided):
+    """The same for torch.compile, which takes no function with a ``jvp``."""
+
+    jvp = torch.autograd.Function.jvp

@@ -70,6 +70,7 @@ class Quantized(nn.Module):
         _expect_block(block)
         expect(weight.is_floating_point(), "weight", weight.dtype, "of a floating-point type")
         self.shape, self.dtype, self.block = weight.shape, weight.dtype, block
+        self.pairs = _pairs(weight.device, weight.dtype)  # no buffer, since all layers share it
         blocks = _blocks(weight.detach().to(torch.promote_types(weight.dtype, torch.float32)), block)
         scales = blocks.abs().amax(1)
         finite = weight.is_meta or bool(scales.isfinite().all())
@@ -100,10 +101,14 @@ class Quantized(nn.Module):
         if self.double:
             scales = _blocks(scales, SCALES) * self.steps.unsqueeze(1) + self.mean
             scales = scales.flatten()[: len(self.scales)]
-        pairs = _pairs(self.codes.device, self.dtype)
-        values = pairs.index_select(0, self.codes.int()).view(-1, self.block)
+        values = self.pairs.index_select(0, self.codes.int()).view(-1, self.block)
         values = values.mul_(scales.to(self.dtype).unsqueeze(1)).flatten()
         return values[: self.shape.numel()].view(self.shape)
+
+    def _apply(self, *args, **kwargs):
+        super()._apply(*args, **kwargs)  # moves the buffers
+        self.pairs = _pairs(self.codes.device, self.dtype)
+        return self
 
     @property
     def nbytes(self) -> int:
@@ -130,6 +135,8 @@ def _expect_block(block: object) -> None:
 class _Linear(torch.autograd.Function):
     """y = W_deq x + b.  Autograd keeps neither W_deq nor x: W_deq is made again for the gradient of x."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: torch.Tensor, bias: torch.Tensor | None, quantized: Quantized, turned: bool):
         weight = quantized.dequantize()
@@ -137,7 +144,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.dtype, ctx.quantized, ctx.turned = inputs[0].dtype, *inputs[2:]
+        ctx.dtype, ctx.shape, ctx.quantized, ctx.turned = inputs[0].dtype, output.shape, *inputs[2:]
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
@@ -146,8 +153,20 @@ class _Linear(torch.autograd.Function):
             weight = ctx.quantized.dequantize().to(gradient.dtype)  # autocast may have changed the type
             of_x = F.linear(gradient, weight if ctx.turned else weight.t()).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
-            of_bias = gradient.flatten(0, -2).sum(0)
+            of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
         return of_x, of_bias, None, None
+
+    @staticmethod
+    def jvp(ctx, along_x: torch.Tensor | None, along_bias: torch.Tensor | None, *others: None):
+        if along_x is None:
+            return along_bias.expand(ctx.shape)
+        return _Linear.forward(along_x, along_bias, ctx.quantized, ctx.turned)
+
+
+class _Compiled(_Linear):
+    """The same for torch.compile, which takes no function with a ``jvp``."""
+
+    jvp = torch.autograd.Function.jvp
 
 
 @dataclass(frozen=True)
@@ -243,7 +262,8 @@ class NF4Part(WeightSpacePart):
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         layer = self.site.module
-        return _Linear.apply(x, layer.bias, self.quantized, isinstance(layer, Conv1D))
+        linear = _Compiled if torch.compiler.is_compiling() else _Linear
+        return linear.apply(x, layer.bias, self.quantized, isinstance(layer, Conv1D))
 
     def merge(self) -> None:
         if self.released and self.replaced:
