@@ -79,6 +79,40 @@ def test_attaching_twice(bert):
     assert gl.attach(bert, gl.FullFineTuning()).parts == []
 
 
+SHARED = {  # two models that have layers in common, and what the message says of it
+    "bert": ("tiny-bert", lambda model: model.encoder),
+    "roberta": ("tiny-roberta", lambda model: model.encoder),
+    "gpt2": ("tiny-gpt2", lambda model: model.transformer),
+    "llama": ("tiny-llama", lambda model: model.model),
+    "t5 stack": ("tiny-t5-random", lambda model: model.encoder),
+    "bart": ("tiny-bart", lambda model: model.model),
+    "two heads": ("tiny-bert", lambda model: MeanPoolClassifier(model.config, model.encoder).double()),
+}
+
+
+@pytest.mark.parametrize("which", SHARED)
+@pytest.mark.parametrize("turned", [False, True])
+def test_models_that_share_layers_carry_one_method_at_a_time(which, turned):
+    backbone, share = SHARED[which]
+    model = build(backbone)
+    pair = [model, share(model)]
+    first, second = reversed(pair) if turned else pair
+    attachment, acting = gl.attach(first, gl.FullFineTuning()), [p.requires_grad for p in model.parameters()]
+    words = f"shared with a {type(first).__name__}, which carries FullFineTuning.*detach.. it first"
+    for method in (gl.FullFineTuning(), gl.LoRA(r=2)):
+        with pytest.raises(ValueError, match=words):
+            gl.attach(second, method)
+    with pytest.raises(ValueError, match=words):
+        gl.attach(copy.deepcopy(pair)[not turned], method)
+    assert [p.requires_grad for p in model.parameters()] == acting
+    attachment.detach()
+    again = gl.attach(second, gl.FullFineTuning())
+    again.detach()
+    gl.attach(first, gl.FullFineTuning()).merge(permanent=True)
+    gl.attach(second, gl.FullFineTuning()).detach()
+    assert not any("_guidelib" in name for each in pair for m in each.modules() for name in vars(m))
+
+
 @pytest.mark.parametrize("other", [gl.LoRA, None, "LoRA", {"r": 8}, [gl.LoRA()]], ids=str)
 def test_attaching_something_else(bert, other):
     before = Snapshot(bert)

@@ -26,6 +26,7 @@ from guidelib.core.method import Method, Spec
 from guidelib.core.points.part import Part
 
 FORMAT = "guidelib 1"
+CARRIED = "_guidelib_attachment"  # of every module of the model: the attachment that it belongs to
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def attach(model: PreTrainedModel, method: Method, *, seed: int = 0) -> Attachme
     ``seed`` fixes the method's initial values without touching the global random state.  Returns the
     Attachment, which is also reachable as ``attached(model)``.  Raises TypeError or ValueError, and leaves
     the model as it was, for an unsupported model, something that is not a method, a target or layer that is
-    not there, an impossible size, or a model that already carries a method.
+    not there, an impossible size, or a model that already carries a method, or shares layers with one that
+    does (its backbone, or another head's).
     """
     return _attach(model, method, seed, saved={})
 
@@ -79,15 +81,26 @@ def _attach(
         hint = f"; write {method.__name__}() to make one" if isinstance(method, type) else ""
         raise TypeError(f"method must be a guidelib method such as LoRA(r=8), got {method!r}{hint}")
     anatomy = Anatomy(model)
-    if hasattr(model, ADDED):
-        raise ValueError(
-            f"model already carries {attached(model).method!r}; detach() it first, or attach a sum of methods"
-        )
+    _check_free(model)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         parts = method.parts(anatomy, saved)
     selected = method.select(anatomy) | set(anatomy.head())
     return Attachment(model, method, anatomy, parts, selected, method.rewrites(anatomy))
+
+
+def _check_free(model: PreTrainedModel) -> None:
+    """Raise ValueError if a method is at work on ``model``, or on another model that has layers of it."""
+    for name, module in model.named_modules():
+        other = vars(module).get(CARRIED)
+        if other is not None and other.active:
+            if other.model is model:
+                where = "model already"
+            else:
+                where = f"model: {name or 'all of it'} is shared with a {type(other.model).__name__}, which"
+            raise ValueError(
+                f"{where} carries {other.method!r}; detach() it first, or attach a sum of methods"
+            )
 
 
 class Attachment:
@@ -117,6 +130,8 @@ class Attachment:
         added = nn.ModuleDict()
         added.attachment = self
         added.train(model.training)
+        for module in model.modules():
+            vars(module)[CARRIED] = self  # for other models that have some of these layers
         model.add_module(ADDED, added)
         try:
             for name, parameter in parameters.items():
@@ -226,6 +241,8 @@ class Attachment:
             for part in reversed(self.parts):
                 part.unplug()
         delattr(self.model, ADDED)
+        for module in self.model.modules():
+            vars(module).pop(CARRIED, None)
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, original in self._originals.items():
@@ -234,8 +251,13 @@ class Attachment:
             parameters[name].requires_grad_(flag)
             parameters[name].grad = None
 
+    @property
+    def active(self) -> bool:
+        """Whether the method is still on the model: neither detached nor merged for good."""
+        return getattr(getattr(self.model, ADDED, None), "attachment", None) is self
+
     def _check_attached(self) -> None:
-        if getattr(getattr(self.model, ADDED, None), "attachment", None) is not self:
+        if not self.active:
             raise ValueError(
                 "this attachment has ended (detached, or merged for good); attach the method again"
             )
