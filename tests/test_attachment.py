@@ -79,6 +79,43 @@ def test_attaching_twice(bert):
     assert gl.attach(bert, gl.FullFineTuning()).parts == []
 
 
+@pytest.mark.parametrize("backbone", ["tiny-bert", "tiny-gpt2", "tiny-llama", "tiny-bart"])  # tied or not
+@pytest.mark.parametrize("name", ["lora", "full", "said", "adapter"])
+def test_a_vocabulary_resized_after_attaching_is_noticed_at_the_next_call(backbone, name, tmp_path):
+    """What does not touch the embeddings goes on; detach gives the base back in its new size."""
+    for size in (400, 350):  # of 384
+        model, plain, inputs = build(backbone), build(backbone), batch(backbone)
+        attachment = gl.attach(model, METHOD_CASES[name].method)
+        randomise(attachment)
+        if merged := name == "said" and size == 350 and backbone != "tiny-llama":  # which gets a new head
+            attachment.merge()
+        for each in (model, plain):
+            each.resize_token_embeddings(size, mean_resizing=False)
+        if name == "said" and not merged:
+            with pytest.raises(ValueError, match="was resized to .* after IntrinsicSAID was attached; deta"):
+                model(**inputs)
+        else:
+            outputs(model, inputs)
+        for call in (attachment.count, attachment.merge, lambda: attachment.save(tmp_path / "x.safetensors")):  # noqa: B023
+            with pytest.raises(ValueError, match="was resized or replaced after .* from .* to .*; detach"):
+                call()
+        assert list(tmp_path.iterdir()) == []
+        attachment.detach()
+        rows = min(size, 384)
+        for key, tensor in plain.state_dict().items():
+            there = model.state_dict()[key]
+            assert torch.equal(tensor[:rows], there[:rows]) and tensor.shape == there.shape
+
+
+def test_a_head_replaced_by_one_of_its_size_is_noticed():
+    attachment = gl.attach(build("tiny-llama"), gl.IntrinsicSAID(d=200))
+    for size in (400, 384):
+        attachment.model.resize_token_embeddings(size, mean_resizing=False)
+    with pytest.raises(ValueError, match="lm_head.weight was resized or replaced"):
+        attachment.merge()
+    attachment.detach()
+
+
 SHARED = {  # two models that have layers in common, and what the message says of it
     "bert": ("tiny-bert", lambda model: model.encoder),
     "roberta": ("tiny-roberta", lambda model: model.encoder),

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from guidelib.core.anatomy import ADDED, Anatomy
 from guidelib.core.method import Method, Spec
-from guidelib.core.points.part import Part
+from guidelib.core.points.part import Part, put
 
 FORMAT = "guidelib 1"
 CARRIED = "_guidelib_attachment"  # of every module of the model: the attachment that it belongs to
@@ -123,6 +123,7 @@ class Attachment:
         self.merged = False
         self._base = _fingerprint(anatomy)
         self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._layers = _layers(model)
         parameters = dict(model.named_parameters())
         self._selected = selected
         self._originals = {name: parameters[name].detach().clone() for name in sorted(selected | rewritten)}
@@ -221,6 +222,9 @@ class Attachment:
     def unmerge(self) -> None:
         """Put the base weights back, bit for bit, and let the method act beside them again."""
         self._check_attached()
+        self._unmerge()
+
+    def _unmerge(self) -> None:
         if self.merged:
             for part in reversed(self.parts):
                 part.unmerge()
@@ -230,9 +234,9 @@ class Attachment:
 
     def detach(self) -> PreTrainedModel:
         """Take the method away and give the base model back, bit for bit, head and ``requires_grad``
-        included."""
-        self._check_attached()
-        self.unmerge()
+        included.  What was resized meanwhile keeps its size."""
+        self._check_attached(resized=True)
+        self._unmerge()
         self._undo()
         return self.model
 
@@ -244,9 +248,8 @@ class Attachment:
         for module in self.model.modules():
             vars(module).pop(CARRIED, None)
         parameters = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name, original in self._originals.items():
-                parameters[name].copy_(original)
+        for name, original in self._originals.items():
+            put(parameters[name], original)
         for name, flag in self._flags.items():
             parameters[name].requires_grad_(flag)
             parameters[name].grad = None
@@ -256,11 +259,20 @@ class Attachment:
         """Whether the method is still on the model: neither detached nor merged for good."""
         return getattr(getattr(self.model, ADDED, None), "attachment", None) is self
 
-    def _check_attached(self) -> None:
+    def _check_attached(self, *, resized: bool = False) -> None:
+        """Raise ValueError unless the method is there and, but for ``resized``, its base is what it was.
+        ``resize_token_embeddings`` gives a layer another size, or puts another one in the place of a head."""
         if not self.active:
             raise ValueError(
                 "this attachment has ended (detached, or merged for good); attach the method again"
             )
+        layers = {} if resized else _layers(self.model)
+        for name, was in self._layers.items():
+            if layers.get(name, was) != was:
+                raise ValueError(
+                    f"model: {name} was resized or replaced after {type(self.method).__name__} was attached, "
+                    f"from {tuple(was[1])} to {tuple(layers[name][1])}; detach() and attach again"
+                )
 
     def state(self) -> dict[str, torch.Tensor]:
         """What a file holds: the added tensors, and the base parameters that are changed in place."""
@@ -368,6 +380,16 @@ def read(
 
 def _same_shape(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return a is not None and b is not None and a.shape == b.shape
+
+
+def _layers(model: PreTrainedModel) -> dict[str, tuple[nn.Module, torch.Size]]:
+    """Of each parameter, by name, the layer that it belongs to and its shape."""
+    return {
+        f"{name}.{attribute}": (module, parameter.shape)
+        for name, module in model.named_modules()
+        for attribute, parameter in module._parameters.items()
+        if parameter is not None
+    }
 
 
 def _fingerprint(anatomy: Anatomy) -> dict[str, str]:

@@ -95,7 +95,13 @@ class Subspace(WeightSpacePart):
         # lambda (P theta) = P (lambda theta), and so autograd keeps d numbers for lambda instead of D_i
         moved = self.theta if self.scales is None else self.scales[i] * self.theta
         with torch.autocast(weight.device.type, enabled=False):  # sums of n terms do not fit 16 bits
-            return weight + self.projections[i](moved).view(weight.shape)
+            moved = self.projections[i](moved)
+        if moved.numel() != weight.numel():
+            raise ValueError(
+                f"model: {name} was resized to {tuple(weight.shape)} after {self.name} was attached; "
+                "detach() and attach again"
+            )
+        return weight + moved.view(weight.shape)
 
 
 class Dense(nn.Module):

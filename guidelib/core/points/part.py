@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from guidelib.core.method import Method
@@ -60,3 +61,13 @@ class Part(nn.Module):
     def changed(self) -> int:
         """How many entries of the effective model this part can make differ from the base."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+@torch.no_grad()
+def put(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Write ``value`` into ``parameter``; where that was resized meanwhile, into the rows that both have."""
+    if parameter.shape == value.shape:
+        parameter.copy_(value)
+    else:
+        rows = min(len(parameter), len(value))
+        parameter[:rows].copy_(value[:rows])

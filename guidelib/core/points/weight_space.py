@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from guidelib.core.method import Method
-from guidelib.core.points.part import Part
+from guidelib.core.points.part import Part, put
 
 
 class WeightSpacePart(Part):
@@ -78,8 +78,7 @@ class WeightSpacePart(Part):
             self._kept[name] = parameter.clone()
             parameter.copy_(self.effective(name, parameter))
 
-    @torch.no_grad()
     def unmerge(self) -> None:
         for name, kept in self._kept.items():
-            self.replaced[name].copy_(kept)
+            put(self.replaced[name], kept)
         self._kept.clear()
