@@ -340,6 +340,28 @@ def test_a_rate_that_is_too_high_stops_with_its_reason_and_restores_the_start():
     gl.fit(model, TASK, TOKENIZER, **QUICK | dict(epochs=0.25))  # and it can be trained again
 
 
+@pytest.mark.parametrize("method", [gl.HeadOnly(), gl.LoRA(r=2), gl.DoRA(r=2), gl.Adapter(r=2)])
+def test_a_last_step_that_destroys_the_weights_is_noticed(method):
+    model = attached(method)
+    before = weights(model)
+    with pytest.raises(FloatingPointError, match=r"is (nan|inf) .*; lr must be lower than 1e\+30 here"):
+        gl.fit(model, TASK, TOKENIZER, **QUICK | dict(lr=1e30, epochs=0.25), warmup=0.0)
+    assert moved(model, before) == set() and not model.training
+
+
+def test_looking_again_leaves_no_trace():
+    """Neither in the losses nor in the random state, whatever draws at random."""
+    states = []
+    for look in (training._Trainer.look_again, lambda trainer: None):
+        model = attached(gl.AdaMix(r=2, experts=2))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training._Trainer, "look_again", look)
+            losses = gl.fit(model, TASK, TOKENIZER, **QUICK).losses
+        states.append((losses, torch.get_rng_state(), *model.state_dict().values()))
+    assert len(losses) == 4 and states[0][0] == losses
+    assert all(torch.equal(a, b) for a, b in zip(*(state[1:] for state in states), strict=True))
+
+
 def test_a_poisoned_weight_is_found_at_the_first_step():
     model = attached()
     with torch.no_grad():

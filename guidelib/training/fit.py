@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 from tqdm.std import tqdm  # the text bar: the notebook one saves a widget that is dead on a page
 from transformers import (
@@ -76,8 +77,8 @@ def fit(
     same.  precision: "fp32", or "bf16" for mixed precision (products in bfloat16, parameters in 32 bits).
 
     Raises ValueError if nothing is attached, the method is merged, or the data or a number is impossible;
-    FloatingPointError if the loss is no longer finite.  The parameters are then what they were before, those
-    that the method rewrites included.
+    FloatingPointError if the loss is no longer finite, the last step included.  The parameters are then what
+    they were before, those that the method rewrites included.
     """
     attachment = attached(model)
     expect(not attachment.merged, "model", "a merged one", "unmerged while it trains; call unmerge() first")
@@ -136,6 +137,7 @@ def fit(
         start = time.perf_counter()
         try:
             trainer.train()
+            trainer.look_again()
         except FloatingPointError:
             model.zero_grad()
             model.load_state_dict(before, strict=False)
@@ -256,13 +258,25 @@ class _Trainer(Trainer):
             method = self.attachment.method
             terms = method.regularizer(self.attachment), method.batch_loss(self.attachment, inputs, outputs)
         loss = loss + sum(term for term in terms if term is not None)
+        self.seen = inputs
         self.losses.append(float(loss.detach()))
-        if not math.isfinite(self.losses[-1]):
-            raise FloatingPointError(
-                f"the loss is {self.losses[-1]} at step {len(self.losses)}; "
-                f"lr must be lower than {self.args.learning_rate:g} here"
-            )
+        self._expect_finite("loss", self.losses[-1], f"at step {len(self.losses)}")
         return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def look_again(self) -> None:
+        """Compute the last loss once more, since no further step would notice what the last one has done."""
+        trained = [p.float() for p in self.model.parameters() if p.requires_grad]
+        self._expect_finite("weights' norm", float(get_total_norm(trained)), "after the last step")
+        with self.compute_loss_context_manager():
+            loss = super().compute_loss(self.model.eval(), self.seen)
+        self._expect_finite("loss", float(loss), "after the last step")
+
+    def _expect_finite(self, what: str, value: float, when: str) -> None:
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the {what} is {value} {when}; lr must be lower than {self.args.learning_rate:g} here"
+            )
 
 
 class _Phases(TrainerCallback):
