@@ -7,11 +7,23 @@ import copy
 
 import pytest
 import torch
-from common import BACKBONES, DECODERS, ENCODERS, METHOD_CASES, SEQ2SEQ, batch, build, outputs, randomise
+from common import (
+    BACKBONES,
+    DECODERS,
+    ENCODERS,
+    METHOD_CASES,
+    SEQ2SEQ,
+    SMALL,
+    batch,
+    build,
+    outputs,
+    randomise,
+)
 from torch.func import functional_call, grad, jvp, vmap
 
 import guidelib as gl
 from guidelib.core.anatomy import ADDED
+from guidelib.core.method import _within
 from guidelib.core.points.weight_delta import DeltaPart
 from guidelib.core.points.weight_space import WeightSpacePart
 
@@ -272,6 +284,36 @@ def test_11_checkpointing_gives_the_same_gradients(attached):
     assert gradients[0].keys() == gradients[1].keys() and gradients[0]
     for name, gradient in gradients[0].items():
         assert (gradient - gradients[1][name]).abs().max() < 1e-12, name
+
+
+COMPILED = [  # every method, in as few graphs as their places allow
+    gl.HeadOnly() + gl.FullFineTuning() + gl.DoRA(r=2, targets="q") + gl.GLoRA(r=2, targets="k")
+    + gl.FLoRA(r=2, targets="v") + gl.ReLoRA(r=2, targets="o") + gl.LoRA(r=2, targets="ffn.in")
+    + gl.AdaLoRA(r=2, target_r=1, targets="ffn.in") + gl.KronA(targets="ffn.out")
+    + gl.Adapter(r=2) + SMALL + gl.ParallelAdapter(r=2) + gl.AdapterFusion(2, SMALL)
+    + gl.AdapterDrop(SMALL, 0) + gl.AdaMix(r=2),
+    gl.QLoRA(r=2),
+    gl.IntrinsicSAID(d=200),
+]  # fmt: skip
+
+
+def test_12_every_method_is_compiled_here():
+    there = {type(method).__name__ for each in COMPILED for method in _within(each)}
+    assert {name for names in gl.METHODS.values() for name in names} <= there
+
+
+@pytest.mark.parametrize("method", COMPILED, ids=lambda method: type(method).__name__)
+def test_12_torch_compile_takes_the_whole_model_in_one_graph(method):
+    model, inputs = build("tiny-bert"), batch("tiny-bert")
+    model.encoder.encoder.layer = model.encoder.encoder.layer[:1]  # the second one only takes as long again
+    randomise(gl.attach(model, method))
+    compiled, results = torch.compile(model, fullgraph=True, backend="eager"), []
+    for each in (model, compiled):  # a break in the graph would be an error
+        model.zero_grad()
+        loss = each(**inputs).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(*results, strict=True))
 
 
 def test_detach_gives_the_base_back_bit_for_bit(attached):
