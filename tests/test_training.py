@@ -325,6 +325,21 @@ def test_sums_and_restrictions_pass_the_phases_on(method, names):
     ]
 
 
+def test_trls_trainer_trains_what_is_attached_and_nothing_else(tmp_path):
+    trl = pytest.importorskip("trl")
+    model = build("tiny-llama", dtype=torch.float32)
+    gl.attach(model, gl.LoRA(r=2))
+    before = weights(model)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    arguments = trl.SFTConfig(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=4, learning_rate=0.01, max_length=16,
+        gradient_checkpointing=False, bf16=False, report_to="none", use_cpu=True, save_strategy="no",
+    )  # fmt: skip
+    data = datasets.Dataset.from_dict({"text": ["a book that we read"] * 12})
+    trl.SFTTrainer(model, args=arguments, train_dataset=data, processing_class=TOKENIZER).train()
+    assert moved(model, before) == trained
+
+
 # when it goes wrong
 
 
