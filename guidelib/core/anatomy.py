@@ -6,11 +6,12 @@ architectures.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -33,6 +34,8 @@ class Site:
 
     A Conv1D stores its weight transposed, and GPT-2 fuses q, k and v into one; ``rows`` then says which
     outputs of ``module`` are this map's.
+
+    fault: why W cannot be read and written (see `fault_of`); empty for a plain layer.
     """
 
     stack: str
@@ -40,15 +43,33 @@ class Site:
     role: str
     module: nn.Module
     rows: slice | None = None
+    fault: str = ""
 
     @property
     def name(self) -> str:
         return f"{self.stack}.{self.layer}.{self.role}"
 
+    def check(self, *, adds: bool) -> None:
+        """Raise TypeError unless a method can act here: on plain layers every one, on quantised layers those
+        that add something to the output whatever W is (``adds``)."""
+        if self.fault and not (adds and _quantised(self.module)):
+            accepted = "Linear and Conv1D layers that compute with the weight they hold"
+            accepted += ", or quantised ones" if adds else ", since this method reads or writes the weight"
+            raise TypeError(f"targets: {self.name} {self.fault}; accepted are {accepted}")
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The layer's own weight.  Raises TypeError where the layer is not plain."""
+        self.check(adds=False)
+        return self.module.weight
+
     @property
     def weight(self) -> torch.Tensor:
-        """W as a view (d_out, d_in) of the layer's own memory, without gradient."""
-        weight = self.module.weight.detach()
+        """W as a view (d_out, d_in) of the layer's own memory, without gradient.
+
+        Raises TypeError where the layer is not plain.
+        """
+        weight = self.parameter.detach()
         weight = weight.t() if isinstance(self.module, Conv1D) else weight
         return weight if self.rows is None else weight[self.rows]
 
@@ -61,9 +82,24 @@ class Site:
         return bias if self.rows is None else bias[self.rows]
 
     @property
+    def like(self) -> torch.Tensor:
+        """A tensor with W's shape, type and device, for what is made to fit.  Where W cannot be read, its
+        numbers are nothing, and its type is that of the layer's scales."""
+        if not self.fault:
+            return self.weight
+        held = [*self.module.parameters(), *self.module.buffers()]
+        numbers = [tensor.dtype for tensor in held if _is_number(tensor)] or [torch.float32]
+        device = held[0].device if held else torch.device("cpu")
+        return torch.empty((), dtype=numbers[0], device=device).expand(self.shape)
+
+    @property
     def shape(self) -> tuple[int, int]:
-        """(d_out, d_in)."""
-        return tuple(self.weight.shape)
+        """(d_out, d_in).  Raises TypeError for a module that is no linear map."""
+        if not self.fault:
+            return tuple(self.weight.shape)
+        if (size := _size(self.module)) is None:
+            raise TypeError(f"{self.name}: expected a linear map, got {type(self.module).__name__}")
+        return size if self.rows is None else (self.rows.stop - self.rows.start, size[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +141,8 @@ SUBLAYER_NAMES = ("self", "cross", "ffn", "attn")
 class Anatomy:
     """The places of a transformers model, found from its ``config.model_type``.
 
-    Raises a ValueError that lists what is supported if the architecture is unknown.
+    Raises a ValueError that lists what is supported if the architecture is unknown, and one if weights are
+    offloaded.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -122,6 +159,7 @@ class Anatomy:
                 f"{', '.join(sorted(ARCHITECTURES))}; another one is a row of "
                 "guidelib.core.architectures.ARCHITECTURES"
             )
+        expect_weights(model)
         self.base = model.base_model
         self.restricted = False  # to some of the blocks
         self.stacks = {
@@ -297,14 +335,95 @@ def _sites(block: nn.Module, stack: Stack) -> Iterator[Site]:
         module = _find(block, path)
         if module is None:
             continue
-        if not isinstance(module, nn.Linear | Conv1D):
-            raise TypeError(f"{role}: expected a Linear or Conv1D layer, got {type(module).__name__}")
-        rows = None
+        site = Site("", 0, role, module, fault=fault_of(module))
         if part:
             index, parts = (int(number) for number in part.rstrip("]").split("/"))
-            size = module.nf // parts
-            rows = slice(index * size, (index + 1) * size)
-        yield Site("", 0, role, module, rows)
+            size = site.shape[0] // parts
+            site = replace(site, rows=slice(index * size, (index + 1) * size))
+        yield site
+
+
+PLAIN = (nn.Linear, NonDynamicallyQuantizableLinear, Conv1D)
+
+
+def fault_of(layer: nn.Module) -> str:
+    """Why ``layer`` does not compute W x + b with a W and a b that it holds; empty if it does.
+
+    A subclass may compute anything, and so may a function put in the place of ``forward``: only the types of
+    PLAIN with their own ``forward`` and an ordinary weight are known not to.
+    """
+    name = type(layer).__name__
+    if type(layer) not in PLAIN:
+        return f"is of type {type(layer).__module__}.{type(layer).__qualname__}"
+    weight, forward = layer._parameters.get("weight"), vars(layer).get("forward")
+    if weight is None or computes(layer):
+        return f"is a {name} whose weight is computed before each pass (weight_norm, spectral_norm, pruning)"
+    if type(weight) is not nn.Parameter or not _is_number(weight):
+        return f"is a {name} whose weight is a {type(weight).__name__} of {weight.dtype}"
+    if _offloads(layer):
+        return f"is a {name} whose weight accelerate offloads"
+    if _hooks(layer) and all(hasattr(hook, "offload") for hook in _hooks(layer)):
+        forward = getattr(forward, "__wrapped__", forward)  # what is around it only moves the input
+    own = forward is None or getattr(forward, "__func__", None) is type(layer).forward
+    ours = hasattr(getattr(forward, "__self__", None), "take_over")  # a part of this model's method
+    return "" if own or ours else f"is a {name} whose forward was replaced by another function"
+
+
+def computes(module: nn.Module) -> bool:
+    """Whether hooks of torch.nn.utils compute a parameter of ``module`` from others before each pass."""
+    return any(f"{name}_{of}" in module._parameters for name in vars(module) for of in ("g", "v", "orig"))
+
+
+def expect_numbers(parameters: Mapping[str, torch.Tensor]) -> None:
+    """Raise TypeError if one of them holds codes for numbers, which cannot be trained or moved."""
+    for name, parameter in parameters.items():
+        if not _is_number(parameter):
+            raise TypeError(
+                f"model: {name!r} is quantised ({parameter.dtype}); a method that trains or moves it accepts "
+                "floating-point numbers of 16 bits or more"
+            )
+
+
+def _is_number(tensor: torch.Tensor) -> bool:
+    """Whether it holds floating-point numbers of 16 bits or more, and no codes for them."""
+    return tensor.is_floating_point() and tensor.itemsize > 1
+
+
+def _quantised(layer: nn.Module) -> bool:
+    """Whether ``layer`` is a linear map of known size that does not hold its weight as plain numbers."""
+    weight = getattr(layer, "weight", None)
+    plain = type(weight) in (torch.Tensor, nn.Parameter) and _is_number(weight)
+    return not plain and _size(layer) is not None
+
+
+def _size(layer: nn.Module) -> tuple[int, int] | None:
+    """(d_out, d_in) as the layer says it; None if it does not."""
+    for names in (("out_features", "in_features"), ("nf", "nx")):
+        size = tuple(getattr(layer, name, None) for name in names)
+        if all(isinstance(side, int) for side in size):
+            return size
+    return None
+
+
+def _hooks(module: nn.Module) -> tuple:
+    """What accelerate has put around the module's ``forward``."""
+    hook = getattr(module, "_hf_hook", None)
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
+
+
+def _offloads(module: nn.Module) -> bool:
+    """Whether accelerate takes the module's weights away between two passes."""
+    return any(getattr(hook, "offload", False) for hook in _hooks(module))
+
+
+def expect_weights(model: nn.Module) -> None:
+    """Raise ValueError if accelerate takes some of the model's weights away between two passes."""
+    name = next((name for name, module in model.named_modules() if _offloads(module)), None)
+    if name is not None:
+        raise ValueError(
+            f"model: accelerate offloads the weights of {name!r}, which are there only while it runs; "
+            "take them back with accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+        )
 
 
 def _stands_for(name: str, role: str) -> bool:

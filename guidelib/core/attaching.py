@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from guidelib.core.anatomy import ADDED, Anatomy
+from guidelib.core.anatomy import ADDED, Anatomy, expect_weights
 from guidelib.core.method import Method, Spec
 from guidelib.core.points.part import Part, put
 
@@ -273,6 +273,7 @@ class Attachment:
                     f"model: {name} was resized or replaced after {type(self.method).__name__} was attached, "
                     f"from {tuple(was[1])} to {tuple(layers[name][1])}; detach() and attach again"
                 )
+        expect_weights(self.model)  # or what is written to the base would be lost
 
     def state(self) -> dict[str, torch.Tensor]:
         """What a file holds: the added tensors, and the base parameters that are changed in place."""

@@ -68,7 +68,7 @@ class AdaLoRA(WeightDelta):
     def build(self, site: Site) -> Triplets:
         side = min(site.shape)
         expect(self.r <= side, "r", self.r, f"at most {side}, the smaller side of {site.name}")
-        return Triplets(site.weight, self.r, self.alpha / self.r)
+        return Triplets(site.like, self.r, self.alpha / self.r)
 
     def budget(self, step: int, total: int, weights: int) -> int:
         """b(t), how many triplets of ``weights`` weights may be nonzero after ``step`` of ``total`` steps."""

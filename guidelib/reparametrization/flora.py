@@ -67,7 +67,7 @@ class FLoRA(WeightDelta):
         expect(self.r <= smaller, "r", self.r, f"at most {smaller}, the smaller side of {site.name}")
         if self.form == "multiply":
             return Fast(site.weight, self.r, self.tasks)
-        return Batched(site.weight, self.r, self.tasks, 1.0 if self.alpha is None else self.alpha / self.r)
+        return Batched(site.like, self.r, self.tasks, 1.0 if self.alpha is None else self.alpha / self.r)
 
 
 class PerExample(Delta):

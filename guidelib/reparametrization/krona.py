@@ -54,7 +54,7 @@ class KronA(WeightDelta):
         o1, i1 = near_square(d_out, d_in) if self.shape is None else self.shape
         accepted = f"divisors of {site.shape}, the shape of {site.name}"
         expect(d_out % o1 == 0 and d_in % i1 == 0, "shape", self.shape, accepted)
-        return Kronecker(site.weight, o1, i1, self.s)
+        return Kronecker(site.like, o1, i1, self.s)
 
 
 @cache

@@ -61,7 +61,7 @@ class LoRA(WeightDelta):
             f"at most {min(site.shape)}, the smaller side of {site.name}",
         )
         scale = self.alpha / (math.sqrt(self.r) if self.rank_stabilized else self.r)
-        return LowRank(site.weight, self.r, scale, self.dropout, self.freeze_A)
+        return LowRank(site.like, self.r, scale, self.dropout, self.freeze_A)
 
 
 class LowRank(Delta):

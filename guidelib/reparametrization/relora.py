@@ -58,7 +58,7 @@ class ReLoRA(LoRA):
 
     def rewrites(self, anatomy: Anatomy) -> set[str]:
         names = {id(p): name for name, p in anatomy.base_parameters().items()}
-        return {names[id(site.module.weight)] for site in anatomy.linears(self.targets) if self.restarts}
+        return {names[id(site.parameter)] for site in anatomy.linears(self.targets) if self.restarts}
 
     def starts(self, total: int) -> list[int]:
         """The steps after which a cycle starts: 0, and the restarts (fewer if there are too few steps)."""

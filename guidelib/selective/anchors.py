@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from guidelib.core.anatomy import Anatomy
+from guidelib.core.anatomy import Anatomy, expect_numbers
 from guidelib.core.points.selection import Selection
 
 
@@ -12,10 +12,12 @@ from guidelib.core.points.selection import Selection
 class FullFineTuning(Selection):
     """Train every parameter; restricted with ``on``, every parameter of those blocks.
 
-    The attachment keeps a copy of the base, so the weights are in memory twice.
+    The attachment keeps a copy of the base, so the weights are in memory twice.  Raises TypeError if some are
+    quantised.
     """
 
     def select(self, anatomy: Anatomy) -> set[str]:
+        expect_numbers(anatomy.parameters())
         return set(anatomy.parameters())
 
 

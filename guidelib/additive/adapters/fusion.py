@@ -127,7 +127,7 @@ class Fusion(nn.Module):
 
     def __init__(self, sublayer: Sublayer, adapters: list[Bottleneck]):
         super().__init__()
-        weight, d = sublayer.out.weight, sublayer.width
+        weight, d = sublayer.out.like, sublayer.width
         like = {"device": weight.device, "dtype": added_dtype(weight)}
         self.Q, self.K = nn.Linear(d, d, **like), nn.Linear(d, d, **like)
         self.V = nn.Linear(d, d, bias=False, **like)

@@ -48,7 +48,7 @@ class Dense(Linears):
         return [self.pair(sublayer, r) for sublayer in sublayers]
 
     def pair(self, sublayer: Sublayer, r: int) -> Pair:
-        weight, d = sublayer.out.weight, sublayer.width
+        weight, d = sublayer.out.like, sublayer.width
         like = {"device": weight.device, "dtype": added_dtype(weight)}
         with torch.device("meta"):  # no values yet, so that torch's own do not use up random numbers
             down, up = nn.Linear(d, r), nn.Linear(r, d)

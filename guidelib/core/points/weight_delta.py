@@ -7,6 +7,7 @@ frozen layer's output y = W x + b without forming W'.  The tests hold the two eq
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from guidelib.core.anatomy import Anatomy, Site
+from guidelib.core.anatomy import Anatomy, Site, fault_of
 from guidelib.core.method import Method, expect
 from guidelib.core.points.part import Part
 
@@ -117,13 +118,16 @@ class DeltaPart(Part):
 
     def __init__(self, method: Method, site: Site, delta: Delta):
         super().__init__()
+        site.check(adds=delta.additive)
         self.name = f"{type(method).__name__}_{site.name.replace('.', '_')}"
         self.method, self.delta = method, delta
         # in a tuple, so that the backbone's layer is not registered as a child of this module
         self._site = (site,)
         self._handle = self._kept = None
         self.first = not delta.additive
-        self.mergeable = not (delta.moves_bias and site.bias is None)
+        self.mergeable = not (site.fault or (delta.moves_bias and site.bias is None))
+        if site.fault:
+            self.why_not = f"{site.name} {site.fault}, which holds no plain weight to write to"
 
     @property
     def site(self) -> Site:
@@ -136,7 +140,8 @@ class DeltaPart(Part):
     @property
     def changed(self) -> int:
         # a weight that is also trained in place is counted there
-        return 0 if self.site.module.weight.requires_grad else self.site.weight.numel()
+        weight = getattr(self.site.module, "weight", None)
+        return 0 if getattr(weight, "requires_grad", False) else math.prod(self.site.shape)
 
     def plug(self) -> None:
         self._handle = self.site.module.register_forward_hook(self._hook)
@@ -157,6 +162,8 @@ class DeltaPart(Part):
 
     @torch.no_grad()
     def merge(self) -> None:
+        if fault := fault_of(self.site.module):  # since it was attached
+            raise TypeError(f"{self.site.name} {fault}, which holds no plain weight to write to")
         weight, bias = self.site.weight, self.site.bias
         self._kept = weight.clone(), None if bias is None else bias.clone()
         self._write(*self.delta.effective(weight, bias))

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from guidelib.core.anatomy import computes, expect_numbers
 from guidelib.core.method import Method
 from guidelib.core.points.part import Part, put
 
@@ -27,6 +28,7 @@ class WeightSpacePart(Part):
 
     def __init__(self, method: Method, model: nn.Module, parameters: Mapping[str, nn.Parameter]):
         super().__init__()
+        expect_numbers(parameters)
         self.name, self.method = type(method).__name__, method
         self.replaced = dict(parameters)
         names = {id(parameter): name for name, parameter in parameters.items()}
@@ -36,6 +38,12 @@ class WeightSpacePart(Part):
             for module in model.modules()
             if (owned := {a: names[id(p)] for a, p in module._parameters.items() if id(p) in names})
         }
+        for module, owned in self._owners.items():
+            if computes(module):
+                raise TypeError(
+                    f"model: the layer of {min(owned.values())!r} computes its weight before each pass "
+                    "(weight_norm, spectral_norm, pruning); accepted are layers that hold their weight"
+                )
         self._handles: list = []
         self._resting: dict[tuple[nn.Module, str], nn.Parameter] = {}
         self._kept: dict[str, torch.Tensor] = {}
