@@ -353,7 +353,7 @@ def test_a_fused_layer_may_be_quantised_whole():
 def test_a_forward_that_was_put_there_before_comes_back():
     model = build("tiny-bert")
     layer = gl.anatomy.Anatomy(model).linears("q")[0].module
-    layer.forward = mine = lambda x: x
+    layer.forward = mine = layer.forward  # as accelerate leaves it
     attachment = gl.attach(model, gl.NF4())
     assert layer.forward is not mine
     attachment.detach()
@@ -450,6 +450,49 @@ def test_release_frees_the_base_weights_and_the_method_goes_on(backbone):
 
     gl.attached(twin).merge(permanent=True)
     assert (outputs(twin, inputs) - acting).abs().max() < 1e-12 and alive(twin) == base
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_a_cast_changes_what_is_given_out_and_not_what_is_held(half, double):
+    quantized = Quantized(normal(40, 48), double=double)
+    before, held = quantized.dequantize(), [b.clone() for b in quantized.buffers()]
+    quantized.to(half)
+    assert all(
+        torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(quantized.buffers(), held, strict=True)
+    )
+    assert torch.equal(quantized.dequantize(), before)
+    given = quantized.dequantize(half)
+    assert given.dtype == half and relative(given.float(), before) < 0.01
+    assert quantized.to("meta").dequantize().device.type == "meta"
+
+
+@pytest.mark.parametrize("end", ["detach", "merge"])
+def test_a_released_model_can_be_cast(end):
+    model, inputs = build("tiny-gpt2", dtype=torch.float32), batch("tiny-gpt2")
+    attachment = gl.attach(model, gl.QLoRA(r=2))
+    randomise(attachment)
+    nf4.release(model)
+    before, bytes_before = outputs(model, inputs), alive(model)
+    model.to(torch.bfloat16)
+    acting = outputs(model, inputs)
+    assert acting.dtype == torch.bfloat16 and relative(acting.float(), before) < 0.02
+    assert alive(model) < 0.8 * bytes_before  # the stand-ins got no memory
+    if end == "merge":
+        attachment.merge()
+        assert relative(outputs(model, inputs).float(), before) < 0.02
+    attachment.detach()
+    assert outputs(model, inputs).isfinite().all()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_cast_of_the_layers_alone_is_followed():
+    model, inputs = build("tiny-gpt2", dtype=torch.float32), batch("tiny-gpt2")
+    gl.attach(model, gl.NF4())
+    before = outputs(model, inputs)
+    model.transformer.to(torch.bfloat16)
+    model.lm_head.to(torch.bfloat16)
+    assert relative(outputs(model, inputs).float(), before) < 0.02
 
 
 def test_a_released_model_saves_a_file_that_fits_the_original_base(tmp_path):

@@ -48,10 +48,10 @@ def levels() -> torch.Tensor:
 
 
 @cache
-def _pairs(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def _pairs(device: torch.device) -> torch.Tensor:
     """The two levels that each byte stands for, (256, 2)."""
     byte = torch.arange(256)
-    return levels()[torch.stack((byte >> 4, byte & 15), dim=1)].to(device, dtype)
+    return levels()[torch.stack((byte >> 4, byte & 15), dim=1)].to(device)
 
 
 class Quantized(nn.Module):
@@ -70,7 +70,7 @@ class Quantized(nn.Module):
         _expect_block(block)
         expect(weight.is_floating_point(), "weight", weight.dtype, "of a floating-point type")
         self.shape, self.dtype, self.block = weight.shape, weight.dtype, block
-        self.pairs = _pairs(weight.device, weight.dtype)  # no buffer, since all layers share it
+        self.pairs = _pairs(weight.device)  # no buffer, since all layers share it
         blocks = _blocks(weight.detach().to(torch.promote_types(weight.dtype, torch.float32)), block)
         scales = blocks.abs().amax(1)
         finite = weight.is_meta or bool(scales.isfinite().all())
@@ -95,20 +95,25 @@ class Quantized(nn.Module):
     def _keep(self, name: str, tensor: torch.Tensor) -> None:
         self.register_buffer(name, tensor, persistent=False)  # made again from the base, never in a file
 
-    def dequantize(self) -> torch.Tensor:
-        """W_deq, of the weight's shape and type."""
-        scales = self.scales
+    def _apply(self, fn, recurse=True):
+        """Move with the model.  A cast of it is for what W_deq is given out in, not for the scales."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        self.pairs = _pairs(self.codes.device)
+        return self
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """W_deq, of the weight's shape and, unless ``dtype`` is given, its type."""
+        dtype, scales = dtype or self.dtype, self.scales
         if self.double:
             scales = _blocks(scales, SCALES) * self.steps.unsqueeze(1) + self.mean
             scales = scales.flatten()[: len(self.scales)]
-        values = self.pairs.index_select(0, self.codes.int()).view(-1, self.block)
-        values = values.mul_(scales.to(self.dtype).unsqueeze(1)).flatten()
+        values = self.pairs.to(dtype).index_select(0, self.codes.int()).view(-1, self.block)
+        values = values.mul_(scales.to(dtype).unsqueeze(1)).flatten()
         return values[: self.shape.numel()].view(self.shape)
-
-    def _apply(self, *args, **kwargs):
-        super()._apply(*args, **kwargs)  # moves the buffers
-        self.pairs = _pairs(self.codes.device, self.dtype)
-        return self
 
     @property
     def nbytes(self) -> int:
@@ -138,29 +143,30 @@ class _Linear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: torch.Tensor, bias: torch.Tensor | None, quantized: Quantized, turned: bool):
-        weight = quantized.dequantize()
+    def forward(x: torch.Tensor, bias: torch.Tensor | None, quantized: Quantized, turned: bool, dtype=None):
+        weight = quantized.dequantize(dtype)
         return F.linear(x, weight.t() if turned else weight, bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.dtype, ctx.shape, ctx.quantized, ctx.turned = inputs[0].dtype, output.shape, *inputs[2:]
+        ctx.dtype, ctx.shape, ctx.quantized, ctx.turned, ctx.held = inputs[0].dtype, output.shape, *inputs[2:]
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         of_x = of_bias = None
         if ctx.needs_input_grad[0]:
-            weight = ctx.quantized.dequantize().to(gradient.dtype)  # autocast may have changed the type
+            # autocast may have changed the type
+            weight = ctx.quantized.dequantize(ctx.held).to(gradient.dtype)
             of_x = F.linear(gradient, weight if ctx.turned else weight.t()).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
             of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
-        return of_x, of_bias, None, None
+        return of_x, of_bias, None, None, None
 
     @staticmethod
     def jvp(ctx, along_x: torch.Tensor | None, along_bias: torch.Tensor | None, *others: None):
         if along_x is None:
             return along_bias.expand(ctx.shape)
-        return _Linear.forward(along_x, along_bias, ctx.quantized, ctx.turned)
+        return _Linear.forward(along_x, along_bias, ctx.quantized, ctx.turned, ctx.held)
 
 
 class _Compiled(_Linear):
@@ -224,6 +230,7 @@ class NF4Part(WeightSpacePart):
         super().__init__(method, model, owned)
         self.name = f"NF4_{site.name.replace('.', '_')}"
         self.quantized, self.released = quantized, False
+        self.dropped = False  # whether a stand-in is in the place of the layer's weight
         self._site = (site,)  # in a tuple, so that the layer is not registered as a child
 
     @property
@@ -239,7 +246,13 @@ class NF4Part(WeightSpacePart):
         return self.site.weight.numel()
 
     def effective(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        return self.quantized.dequantize()
+        return self.quantized.dequantize(weight.dtype)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.dropped:  # a cast has given the stand-in memory
+            self._drop()
+        return self
 
     def plug(self) -> None:
         layer = self.site.module
@@ -257,13 +270,13 @@ class NF4Part(WeightSpacePart):
     def unplug(self) -> None:
         layer = self.site.module
         taken = self.give_back(layer, self._forward)
-        if taken and self.released and layer.weight.stride() == (0, 0):  # a merge has filled it in already
+        if taken and self.dropped:  # or a merge has filled it in already
             self._fill()
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         layer = self.site.module
         linear = _Compiled if torch.compiler.is_compiling() else _Linear
-        return linear.apply(x, layer.bias, self.quantized, isinstance(layer, Conv1D))
+        return linear.apply(x, layer.bias, self.quantized, isinstance(layer, Conv1D), layer.weight.dtype)
 
     def merge(self) -> None:
         if self.released and self.replaced:
@@ -278,11 +291,14 @@ class NF4Part(WeightSpacePart):
             super().unmerge()
 
     def _fill(self) -> None:
-        self.site.module.weight.data = self.quantized.dequantize()
+        weight = self.site.module.weight
+        weight.data = self.quantized.dequantize(weight.dtype)
+        self.dropped = False
 
     def _drop(self) -> None:
         weight = self.site.module.weight
         weight.data = weight.new_full((), float("nan")).expand(weight.shape)  # one number, seen everywhere
+        self.dropped = True
 
 
 def release(model: PreTrainedModel) -> int:
@@ -290,7 +306,7 @@ def release(model: PreTrainedModel) -> int:
 
     The method goes on as before.  A layer's ``weight`` is then a stand-in without memory, NaN all over, and
     so it is in ``state_dict``; ``merge`` and ``detach`` fill in W_deq, since the original is gone.  Call it
-    last, when the model is on its device and in its type: a copy of the stand-ins has memory again.
+    last, when the model is on its device: a copy of the stand-ins has memory again.
 
     Raises ValueError if nothing in NF4 is attached, or the method is merged.
     """
