@@ -54,6 +54,23 @@ def moved(model, before):
     return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
 
 
+def test_one_device_is_used_where_the_trainer_would_take_several(monkeypatch):
+    class TwoDevices(transformers.TrainingArguments):
+        def __post_init__(self):
+            super().__post_init__()
+            self._n_gpu = 2
+
+    class Refused(torch.nn.Module):
+        def __init__(self, *arguments, **settings):
+            raise AssertionError("the replicas have the first device's parts")
+
+    monkeypatch.setattr(training, "TrainingArguments", TwoDevices)
+    monkeypatch.setattr(torch.nn, "DataParallel", Refused)
+    model = attached()
+    assert gl.fit(model, TASK, TOKENIZER, **QUICK).steps == 4  # batches of 16, not of 32
+    gl.evaluate(model, TASK, TOKENIZER, max_length=32)
+
+
 def test_training_lowers_the_loss_gets_the_test_split_right_and_outlives_saving_and_merging(tmp_path):
     model = attached()
     before = gl.evaluate(model, TASK, TOKENIZER, max_length=32)

@@ -111,7 +111,7 @@ def fit(
     with tempfile.TemporaryDirectory() as folder:
         trainer = _Trainer(
             model,
-            TrainingArguments(
+            _one_device(
                 folder,
                 learning_rate=lr,
                 max_steps=steps,
@@ -175,7 +175,7 @@ def evaluate(
     order = np.argsort(lengths, kind="stable")
     data = data.select(order)  # little padding
     with tempfile.TemporaryDirectory() as folder, _mixed(model, precision):
-        arguments = TrainingArguments(
+        arguments = _one_device(
             folder,
             per_device_eval_batch_size=batch_size,
             report_to="none",
@@ -204,6 +204,15 @@ def _expect_precision(precision: object) -> None:
 
 def _mixed(model: PreTrainedModel, precision: str) -> torch.autocast:
     return torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def _one_device(folder: str, **arguments: Any) -> TrainingArguments:
+    """The Trainer's arguments for one device a process; by itself it takes ``torch.nn.DataParallel`` where it
+    sees several, whose replicas would all act with the first one's parts.  torchrun and accelerate start a
+    process for each device."""
+    chosen = TrainingArguments(folder, **arguments)
+    chosen._n_gpu = min(chosen.n_gpu, 1)
+    return chosen
 
 
 def _finite(value: object) -> bool:
