@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -401,10 +402,8 @@ def test_at_random_each_pass_in_training_leaves_the_first_few_out():
         assert acting == list(range(acting[0], 4))
         seen.add(acting[0])
     assert seen == {0, 1, 2, 3}
-    while not adapters[0].skipped:
-        outputs(model, inputs)
     acting.clear()
-    outputs(model.eval(), inputs)  # all of them, whatever the last draw was
+    outputs(model.eval(), inputs)
     assert acting == [0, 1, 2, 3]
     for part in adapters[:2]:
         part.unplug()
@@ -412,6 +411,38 @@ def test_at_random_each_pass_in_training_leaves_the_first_few_out():
     outputs(model, inputs)
     assert acting == [2, 3]
     attachment.detach()
+
+
+def test_at_random_a_block_that_is_computed_again_leaves_out_what_its_pass_left_out():
+    """Also where another pass, with another draw, came in between."""
+    model, inputs = deep_bert(), batch("tiny-bert")
+    attachment = gl.attach(model, gl.AdapterDrop(PLAIN, drop=3, random=True))
+    randomise(attachment)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.train()
+    gradients = []
+    for _ in range(2):
+        model.zero_grad()
+        torch.manual_seed(0)
+        sum(model(**inputs).loss for _ in range(4)).backward()
+        gradients.append([p.grad for part in attachment.parts for p in part.parameters()])
+        model.activation_checkpointing_enable()
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(*gradients, strict=True))
+
+
+def test_the_weights_of_a_fusion_are_those_of_its_own_pass():
+    attachment = gl.attach(build("tiny-bert"), gl.AdapterFusion(2, PLAIN))
+    randomise(attachment)
+    method, inputs = attachment.method, [batch("tiny-bert", length=n) for n in (5, 7, 9, 11)]
+    alone = [method.weights(attachment, x) for x in inputs]
+    with ThreadPoolExecutor(len(inputs)) as pool:
+        for _ in range(5):
+            for seen, expected in zip(
+                pool.map(lambda x: method.weights(attachment, x), inputs), alone, strict=True
+            ):
+                assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
 
 
 # AdaMix

@@ -202,6 +202,25 @@ def test_an_attachment_that_has_ended_says_so(bert, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_replicas_of_data_parallel_are_refused():
+    """All of them would act with the first device's parts."""
+    model = build("tiny-bert")
+    with pytest.raises(TypeError, match="model must be a transformers PreTrainedModel, got DataParallel"):
+        gl.attach(torch.nn.DataParallel(model), gl.LoRA(r=2))
+    attachment = gl.attach(model, gl.LoRA(r=2))
+
+    def replicate():
+        return [module._replicate_for_data_parallel() for module in model.modules()]
+
+    with pytest.raises(RuntimeError, match="LoRA cannot act in the replicas.*torchrun or accelerate"):
+        replicate()
+    attachment.merge()
+    assert len(replicate()) == len([*model.modules()])
+    attachment.detach()
+    gl.attach(model, gl.FullFineTuning())
+    replicate()
+
+
 def test_training_mode_reaches_the_parts():
     model = build("tiny-bert").train()
     attachment = gl.attach(model, gl.LoRA(r=2))
@@ -365,7 +384,8 @@ def test_what_cannot_be_merged_says_why(monkeypatch):
     model = build("tiny-bert")
     attachment = gl.attach(model, gl.LoRA(r=2) + gl.LoRA(r=2, targets="ffn"))
     randomise(attachment)
-    attachment.parts[-1].mergeable = False
+    last = attachment.parts[-1]
+    monkeypatch.setattr(DeltaPart, "mergeable", property(lambda part: part is not last))
     before, acting = copy.deepcopy(model.state_dict()), outputs(model, batch("tiny-bert"))
     with pytest.raises(ValueError, match="Sum cannot be merged: .*ffn.*has no bias"):
         attachment.merge()
@@ -821,7 +841,7 @@ def test_a_merge_that_fails_halfway_leaves_the_weights_as_they_were(monkeypatch)
     randomise(attachment)
     before, acting = copy.deepcopy(model.state_dict()), outputs(model, batch("tiny-bert"))
 
-    def fail():
+    def fail(keep):
         raise MemoryError
 
     monkeypatch.setattr(attachment.parts[-1], "merge", fail)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 
 import peft
@@ -296,6 +299,52 @@ def test_gradient_checkpointing_repeats_the_choice_within_the_block(form):
         gradients.append([p.grad for part in attachment.parts for p in part.parameters()])
         model.activation_checkpointing_enable()
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradient_checkpointing_repeats_the_choice_of_its_pass_whenever_it_computes_again(form):
+    """Two passes with other adapters, and both backward passes outside of their blocks, in another thread."""
+    model, attachment = attach("tiny-bert", form=form)
+    inputs, gradients = rows("tiny-bert"), []
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for _ in range(2):
+        model.zero_grad()
+        losses = []
+        for ids in (1, IDS):
+            with gl.using(model, ids):
+                losses.append(model(**inputs).loss)
+        backward = threading.Thread(target=sum(losses).backward)
+        backward.start()
+        backward.join()
+        gradients.append([p.grad for part in attachment.parts for p in part.parameters()])
+        model.activation_checkpointing_enable()
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backbone", ["tiny-bert", "tiny-gpt2"])
+def test_each_thread_has_a_choice_of_its_own(backbone, form):
+    model, _ = attach(backbone, form=form)
+    inputs, choices = rows(backbone), [0, 1, 2, IDS, IDS[::-1], [2, 2, 0, 0], None]
+    meet = threading.Barrier(len(choices), timeout=60)
+
+    def serve(ids):
+        with gl.using(model, ids) if ids is not None else nullcontext():
+            meet.wait()
+            results = [outputs(model, inputs) for _ in range(5)]
+            meet.wait()
+        return results
+
+    alone = []
+    for ids in choices:
+        with gl.using(model, 0 if ids is None else ids):
+            alone.append(outputs(model, inputs))
+    with ThreadPoolExecutor(len(choices)) as pool:
+        for results, expected in zip(pool.map(serve, choices), alone, strict=True):
+            assert all((result - expected).abs().max() < 1e-12 for result in results)
 
 
 def test_a_copy_has_a_choice_of_its_own():

@@ -4,6 +4,10 @@ book/architecture.md."""
 from __future__ import annotations
 
 import copy
+import linecache
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +28,7 @@ from torch.func import functional_call, grad, jvp, vmap
 import guidelib as gl
 from guidelib.core.anatomy import ADDED
 from guidelib.core.method import _within
+from guidelib.core.points import passes
 from guidelib.core.points.weight_delta import DeltaPart
 from guidelib.core.points.weight_space import WeightSpacePart
 
@@ -53,6 +58,25 @@ def step(model, inputs, optimizer=None):
         optimizer.step()
 
 
+def defined(model, inputs):
+    """The loss by definition: torch itself runs the base model with the effective weights."""
+    parameters, parts = dict(model.named_parameters()), gl.attached(model).parts
+    names = {id(module): name for name, module in model.named_modules()}
+    weights = {}
+    for part in parts:
+        if isinstance(part, WeightSpacePart):
+            for name in part.replaced:
+                weights[name] = part.effective(name, weights.get(name, parameters[name]))
+        else:
+            write(weights, parameters, names[id(part.site.module)], part)
+    for part in parts:
+        part.unplug()
+    loss = functional_call(model, weights, kwargs=inputs).loss
+    for part in parts:
+        part.plug()
+    return loss
+
+
 def write(weights, parameters, layer, part):
     """Put the effective weight and bias of a delta's layer into ``weights``."""
     site = part.site
@@ -61,10 +85,10 @@ def write(weights, parameters, layer, part):
         size = site.module.weight.shape[1 if type(site.module).__name__ == "Conv1D" else 0]
         site.module.bias = torch.nn.Parameter(torch.zeros(size, dtype=torch.float64))
         bias = site.module.bias
-    weight = weights.get(f"{layer}.weight", parameters[f"{layer}.weight"].detach())
+    weight = weights.get(f"{layer}.weight", parameters[f"{layer}.weight"])
     turned = type(site.module).__name__ == "Conv1D"
     weight = (weight.t() if turned else weight).clone()
-    bias = None if bias is None else bias.detach().clone() if bias.is_leaf else bias.clone()
+    bias = None if bias is None else bias.clone()
     rows = slice(None) if site.rows is None else site.rows
     new_weight, new_bias = part.delta.effective(
         weight[rows].clone(), None if bias is None else bias[rows].clone()
@@ -119,7 +143,6 @@ def test_2_merge_is_exact_and_unmerge_restores_the_bits(attached):
 
 
 def test_2_weight_space_and_activation_space_agree_in_value_and_gradient(attached):
-    """The definition is run by torch itself: the base model, called with the effective weights."""
     _, backbone, _, attachment = attached
     model, inputs = attachment.model, batch(backbone)
     parts = attachment.parts
@@ -139,20 +162,9 @@ def test_2_weight_space_and_activation_space_agree_in_value_and_gradient(attache
 
     fast = model(**inputs).loss
     fast_gradients = gradients(fast)
-
-    parameters = dict(model.named_parameters())
-    names = {id(module): name for name, module in model.named_modules()}
-    weights = {}
-    for part in parts:
-        if isinstance(part, WeightSpacePart):
-            for name in part.replaced:
-                weights[name] = part.effective(name, weights.get(name, parameters[name].detach()))
-        else:
-            write(weights, parameters, names[id(part.site.module)], part)
-        part.unplug()
-    defined = functional_call(model, weights, kwargs=inputs).loss
-    assert abs(fast - defined) < 1e-12
-    for mine, theirs in zip(fast_gradients, gradients(defined), strict=True):
+    definition = defined(model, inputs)
+    assert abs(fast - definition) < 1e-12
+    for mine, theirs in zip(fast_gradients, gradients(definition), strict=True):
         for a, b in zip(mine, theirs, strict=True):
             assert (a - b).abs().max() < 1e-12
 
@@ -286,6 +298,233 @@ def test_11_checkpointing_gives_the_same_gradients(attached):
         assert (gradient - gradients[1][name]).abs().max() < 1e-12, name
 
 
+def leaves(model):
+    return [module for module in model.modules() if not list(module.children())]
+
+
+def test_12_a_pass_leaves_nothing_behind_and_others_may_run_beside_it(attached):
+    """Whether it ends or is broken off; and eight threads, each with other texts, meet in every layer."""
+    _, backbone, _, attachment = attached
+    randomise(attachment)
+    model, n = attachment.model, 8
+    state, parameters = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
+    inputs = [batch(backbone, rows=2, length=4 + i) for i in range(n)]
+    alone = [outputs(model, x) for x in inputs]
+    meet = threading.Barrier(n, timeout=60)
+
+    def stop(module, args):
+        raise KeyboardInterrupt
+
+    reached = 0
+    for module in leaves(model)[::5]:
+        handle = module.register_forward_pre_hook(stop)
+        try:
+            model(**inputs[0])  # with a graph
+        except KeyboardInterrupt:
+            reached += 1
+        handle.remove()
+        assert passes.notes() == {}
+    assert reached > 3 and (outputs(model, inputs[0]) - alone[0]).abs().max() < 1e-12
+
+    results = [None] * n
+
+    def serve(i):
+        try:
+            results[i] = [outputs(model, inputs[i]) for _ in range(2)], dict(passes.notes())
+        except BaseException as error:
+            meet.abort()
+            results[i] = error
+
+    def wait(module, args):
+        meet.wait()
+
+    handles = [module.register_forward_pre_hook(wait) for module in leaves(model)]
+    threads = [threading.Thread(target=serve, args=(i,)) for i in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for handle in handles:
+        handle.remove()
+    for i, result in enumerate(results):
+        assert not isinstance(result, BaseException), repr(result)
+        passed, left = result
+        assert all((logits - alone[i]).abs().max() < 1e-12 for logits in passed) and left == {}
+    assert all(model.get_parameter(name) is parameter for name, parameter in parameters.items())
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+LIBRARY = (str(Path(gl.__file__).parent),)
+LIBRARY_AND_TORCH = *LIBRARY, torch.nn.modules.module.__file__
+
+
+def at_lines(action, files, reach):
+    """Run ``action`` and call ``reach(frame)`` just before each line of ``files`` that it comes by."""
+
+    def trace(frame, event, argument):
+        if not frame.f_code.co_filename.startswith(files):
+            return None
+        if event == "line":
+            reach(frame)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        action()
+    finally:
+        sys.settrace(before)
+
+
+def every_line(action, files):
+    """For each line the first time that ``action`` comes by, and with torch's lines the last time, too: after
+    how many others."""
+    seen = []
+    at_lines(action, files, lambda frame: seen.append((frame.f_code.co_filename, frame.f_lineno)))
+
+    def of(file, line):
+        return linecache.getline(file, line).strip()
+
+    first = {line: i for i, line in reversed([*enumerate(seen)])}
+    # a second time at a "with" is its end, where Python itself would not break off
+    last = {line: i for i, line in enumerate(seen) if not of(*line).startswith("with ")}
+    last = last if files == LIBRARY_AND_TORCH else {}
+    return sorted({*first.values(), *last.values()})
+
+
+def break_off(action, files, n):
+    """Run ``action`` and break off just before its line ``n``."""
+    error, left = (KeyboardInterrupt, MemoryError)[n % 2], iter(range(n))
+
+    def reach(frame):
+        if next(left, None) is None:
+            raise error
+
+    with pytest.raises(error):
+        at_lines(action, files, reach)
+
+
+class Look:
+    """All that a change of state may change: tensors, flags and what stands in the way of a pass."""
+
+    def __init__(self, model):
+        self.tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        self.flags = [p.requires_grad for p in model.parameters()]
+        self.around = [self.of(module) for module in model.modules()]
+
+    @staticmethod
+    def of(module):
+        forward = getattr(vars(module).get("forward"), "__self__", None)
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        return hooks, forward and forward.around
+
+    def __eq__(self, other):
+        same = (self.flags, self.around, [*self.tensors]) == (other.flags, other.around, [*other.tensors])
+        return same and all(torch.equal(tensor, other.tensors[name]) for name, tensor in self.tensors.items())
+
+
+BROKEN_OFF = {(case, "tiny-bert"): LIBRARY for case in METHOD_CASES} | {
+    (case, backbone): LIBRARY_AND_TORCH
+    for case, backbone in (
+        *(("lora", "tiny-bert"), ("parallel-everywhere", "tiny-bart"), ("nf4-lora", "tiny-gpt2")),
+    )
+}
+
+
+@pytest.mark.parametrize(("name", "backbone"), BROKEN_OFF)
+def test_13_a_change_that_is_broken_off_at_any_line_is_not_begun_or_done(name, backbone):
+    model, method, inputs = build(backbone), METHOD_CASES[name].method, batch(backbone)
+    files, base = BROKEN_OFF[name, backbone], Look(model)
+    fresh = copy.deepcopy(model)
+    gl.attach(fresh, method).detach()  # what is cached is cached now
+    for n in every_line(lambda: gl.attach(fresh, method), LIBRARY)[:: 1 if name == "lora" else 7]:
+        break_off(lambda: gl.attach(model, method), LIBRARY, n)
+        if hasattr(model, ADDED):
+            gl.attached(model).detach()
+        assert Look(model) == base, n
+    attachment = gl.attach(model, method)
+    randomise(attachment)
+    beside, acting, starts = Look(model), outputs(model, inputs), [copy.deepcopy(model)]
+    if attachment.mergeable:
+        attachment.merge()
+        merged = Look(model)
+        starts.append(copy.deepcopy(model))
+        attachment.unmerge()
+        changes = (attachment.merge, attachment.unmerge), (attachment.unmerge, attachment.merge)
+        for change, back in changes:
+            for n in every_line(change, files):
+                back()
+                break_off(change, files, n)
+                assert Look(model) == (merged if attachment.merged else beside), n
+            back()
+            change()
+        assert Look(model) == beside and torch.equal(outputs(model, inputs), acting)
+    for start in starts if files == LIBRARY_AND_TORCH else starts[-1:]:
+        for n in every_line(gl.attached(copy.deepcopy(start)).detach, files):
+            twin = copy.deepcopy(start)
+            break_off(gl.attached(twin).detach, files, n)
+            if hasattr(twin, ADDED):
+                gl.attached(twin).detach()
+            assert Look(twin) == base, n
+    attachment.detach()
+    assert Look(model) == base
+
+
+TERMS = {
+    "SAID": gl.IntrinsicSAID(d=100),
+    "NF4": gl.NF4(),
+    "LoRA": gl.LoRA(r=2),
+    "KronA": gl.KronA(),
+    "DoRA": gl.DoRA(r=2),
+    "GLoRA": gl.GLoRA(r=2),
+    "FLoRA": gl.FLoRA(r=2),
+    "added FLoRA": gl.FLoRA(r=2, form="add"),
+    "ReLoRA": gl.ReLoRA(r=2),
+    "full": gl.FullFineTuning(),
+    "adapter": gl.ParallelAdapter(r=2),
+}
+READING = {"DoRA", "GLoRA", "FLoRA"}
+
+
+def refused(first, second):
+    """Whether the two would compute something else than they merge to."""
+    if "NF4" in (first, second) and "full" in (first, second):
+        return "in place"
+    if second in ("NF4", "ReLoRA"):
+        return "must stand first" if first not in ("full", "adapter") else None
+    if second in READING:
+        return "must stand first" if first not in ("SAID", "NF4", "full", "adapter") else None
+    return "must stand before" if second == "SAID" and first in READING else None
+
+
+@pytest.mark.parametrize("backbone", ["tiny-bert", "tiny-gpt2"])
+@pytest.mark.parametrize("first", TERMS)
+def test_14_a_sum_merges_to_what_it_computes_or_is_refused(first, backbone):
+    inputs = batch(backbone)
+    for second in TERMS:
+        model, words = build(backbone), refused(first, second)
+        base = Look(model)
+        if words:
+            with pytest.raises(ValueError, match=words):
+                gl.attach(model, TERMS[first] + TERMS[second])
+            assert Look(model) == base
+            continue
+        attachment = gl.attach(model, TERMS[first] + TERMS[second])
+        assert attachment.count().changed <= attachment.count().total + attachment.count().stored
+        randomise(attachment, 0.05)
+        acting = outputs(model, inputs)
+        if "adapter" not in (first, second):
+            wanted = [p for p in model.parameters() if p.requires_grad]
+            losses = model(**inputs).loss, defined(model, inputs)
+            gradients = (torch.autograd.grad(loss, wanted, allow_unused=True) for loss in losses)
+            for a, b in zip(*gradients, strict=True):
+                assert (a is None) == (b is None) and (a is None or (a - b).abs().max() < 1e-11), second
+            attachment.merge()
+            assert (outputs(model, inputs) - acting).abs().max() < 1e-12, second
+        attachment.detach()
+        assert Look(model) == base
+
+
 COMPILED = [  # every method, in as few graphs as their places allow
     gl.HeadOnly() + gl.FullFineTuning() + gl.DoRA(r=2, targets="q") + gl.GLoRA(r=2, targets="k")
     + gl.FLoRA(r=2, targets="v") + gl.ReLoRA(r=2, targets="o") + gl.LoRA(r=2, targets="ffn.in")
@@ -293,17 +532,18 @@ COMPILED = [  # every method, in as few graphs as their places allow
     + gl.Adapter(r=2) + SMALL + gl.ParallelAdapter(r=2) + gl.AdapterFusion(2, SMALL)
     + gl.AdapterDrop(SMALL, 0) + gl.AdaMix(r=2),
     gl.QLoRA(r=2),
+    gl.QLoRA(r=2) + gl.IntrinsicSAID(d=50).on(layers=0),
     gl.IntrinsicSAID(d=200),
 ]  # fmt: skip
 
 
-def test_12_every_method_is_compiled_here():
+def test_15_every_method_is_compiled_here():
     there = {type(method).__name__ for each in COMPILED for method in _within(each)}
     assert {name for names in gl.METHODS.values() for name in names} <= there
 
 
 @pytest.mark.parametrize("method", COMPILED, ids=lambda method: type(method).__name__)
-def test_12_torch_compile_takes_the_whole_model_in_one_graph(method):
+def test_15_torch_compile_takes_the_whole_model_in_one_graph(method):
     model, inputs = build("tiny-bert"), batch("tiny-bert")
     model.encoder.encoder.layer = model.encoder.encoder.layer[:1]  # the second one only takes as long again
     randomise(gl.attach(model, method))

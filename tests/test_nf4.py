@@ -324,7 +324,7 @@ def test_bytes_and_operations_are_those_of_lora(name, padded):
 
 REFUSED = [
     ("tiny-bert", gl.NF4() + gl.FullFineTuning(), "encoder.0.self.q in place"),
-    ("tiny-bert", gl.NF4() + gl.FLoRA(r=1), "FLoRA must stand first at encoder.0.self.q"),
+    ("tiny-bert", gl.NF4() + gl.ReLoRA(r=1), "ReLoRA must stand first at encoder.0.self.q"),
     ("tiny-bert", gl.NF4() + gl.NF4(), "NF4 must stand first at encoder.0.self.q"),
     ("tiny-bert", gl.LoRA() + gl.NF4(), "NF4 must stand first at encoder.0.self.q"),
     ("tiny-gpt2", gl.NF4(targets="q"), "all maps of the layer that holds decoder.0.self.q, got"),

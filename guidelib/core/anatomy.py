@@ -112,7 +112,7 @@ class Sublayer:
 
     role: "self", "cross" or "ffn".  source: the module whose first argument is x.  out: the linear map that
     gives h.  dropout: D, None where it is not a module.  dropout_function: whether the block applies D as a
-    function.
+    function.  block: the transformer block that all of it is in.
     """
 
     stack: str
@@ -124,6 +124,7 @@ class Sublayer:
     dropout_function: bool
     norm: nn.Module
     pre_norm: bool
+    block: nn.Module
 
     @property
     def name(self) -> str:
@@ -364,9 +365,11 @@ def fault_of(layer: nn.Module) -> str:
         return f"is a {name} whose weight accelerate offloads"
     if _hooks(layer) and all(hasattr(hook, "offload") for hook in _hooks(layer)):
         forward = getattr(forward, "__wrapped__", forward)  # what is around it only moves the input
+    detour = getattr(forward, "__self__", None)
+    if hasattr(detour, "around"):  # of this model's method (points/passes.py)
+        forward = detour.own
     own = forward is None or getattr(forward, "__func__", None) is type(layer).forward
-    ours = hasattr(getattr(forward, "__self__", None), "take_over")  # a part of this model's method
-    return "" if own or ours else f"is a {name} whose forward was replaced by another function"
+    return "" if own else f"is a {name} whose forward was replaced by another function"
 
 
 def computes(module: nn.Module) -> bool:
@@ -445,4 +448,5 @@ def _sublayer(stack: str, layer: int, role: str, block: nn.Module, places: Stack
         dropout_function=dropout == "",
         norm=norm,
         pre_norm=places.pre_norm,
+        block=block,
     )

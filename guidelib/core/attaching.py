@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 
 from guidelib.core.anatomy import ADDED, Anatomy, expect_weights
 from guidelib.core.method import Method, Spec
-from guidelib.core.points.part import Part, put
+from guidelib.core.points.part import Part, copied, put
 
 FORMAT = "guidelib 1"
 CARRIED = "_guidelib_attachment"  # of every module of the model: the attachment that it belongs to
@@ -128,18 +129,19 @@ class Attachment:
         self._selected = selected
         self._originals = {name: parameters[name].detach().clone() for name in sorted(selected | rewritten)}
         gradients = {name: p.grad for name, p in parameters.items()}
-        added = nn.ModuleDict()
+        self._kept: dict[nn.Parameter, torch.Tensor] = {}  # of a merge: what stood there
+        added = Added()
         added.attachment = self
         added.train(model.training)
-        for module in model.modules():
-            vars(module)[CARRIED] = self  # for other models that have some of these layers
-        model.add_module(ADDED, added)
         try:
+            model.add_module(ADDED, added)
+            for module in model.modules():
+                vars(module)[CARRIED] = self  # for other models that have some of these layers
             for name, parameter in parameters.items():
                 parameter.requires_grad_(name in selected)
             self.add(parts)
         except BaseException:
-            self._undo()
+            self._end()
             for name, gradient in gradients.items():
                 parameters[name].grad = gradient
             raise
@@ -155,20 +157,23 @@ class Attachment:
 
     def add(self, parts: Iterable[Part]) -> None:
         """Plug further parts in (a mask that is known only after ``prepare``, say)."""
-        added = getattr(self.model, ADDED)
-        for part in parts:
-            if part.first and (other := next((p for p in self.parts if p.place == part.place), None)):
-                raise ValueError(
-                    f"method: {type(part.method).__name__} must stand first at {part.place}, since it reads "
-                    f"the base weight; {type(other.method).__name__} acts there before it"
-                )
-            name, n = part.name, 2
-            while name in added:
-                name, n = f"{part.name}_{n}", n + 1
-            part.name = name
-            part.train(self.model.training)
-            added[name] = part
-            part.plug()
+        added, parts, before = getattr(self.model, ADDED), list(parts), self.parts
+        _check_order([*before, *parts])
+        try:
+            for part in parts:
+                name, n = part.name, 2
+                while name in added:
+                    name, n = f"{part.name}_{n}", n + 1
+                part.name = name
+                part.train(self.model.training)
+                added[name] = part
+                part.plug()
+        except BaseException:
+            for part in parts:
+                part.unplug()
+            for name in [name for name, part in added.items() if part not in before]:
+                del added[name]
+            raise
 
     def count(self) -> Count:
         """The three counts and what they include."""
@@ -178,8 +183,7 @@ class Attachment:
         return Count(
             trainable=sum(trainable.values()),
             stored=sum(tensor.numel() for tensor in self.state().values()),
-            changed=sum({part.place: part.changed for part in self.parts}.values())
-            + sum(self._originals[name].numel() for name in self._selected),
+            changed=_changed(self.parts) + sum(self._originals[name].numel() for name in self._selected),
             total=sum(p.numel() for p in self.anatomy.base_parameters().values()),
             head=sum(p.numel() for p in self.anatomy.head().values()),
             norms=sum(n for name, n in trainable.items() if name in norms),
@@ -203,56 +207,74 @@ class Attachment:
         if fixed is not None:
             raise ValueError(f"{type(self.method).__name__} cannot be merged: {fixed.name}: {fixed.why_not}")
         if not self.merged:
-            done: list[Part] = []
             try:
+                self._unmerge_weights()  # of a merge that not even its clearing up got to the end of
                 for part in self.parts:
-                    part.merge()
-                    done.append(part)
+                    part.merge(self._keep)
+                for part in self.parts:
+                    part.unplug()
+                self.merged = True
             except BaseException:
-                for part in reversed(done):
-                    part.unmerge()
+                self._act_beside()
                 raise
-            for part in done:
-                part.unplug()
-            self.merged = True
         if permanent:
-            self._originals = {}
-            self._undo(keep_merged=True)
+            _surely(partial(self._end, merged=True))
 
     def unmerge(self) -> None:
         """Put the base weights back, bit for bit, and let the method act beside them again."""
         self._check_attached()
-        self._unmerge()
-
-    def _unmerge(self) -> None:
-        if self.merged:
-            for part in reversed(self.parts):
-                part.unmerge()
-            for part in self.parts:  # in the first order: sums of floats depend on it
-                part.plug()
-            self.merged = False
+        if self.merged or self._kept:
+            _surely(self._act_beside)
 
     def detach(self) -> PreTrainedModel:
         """Take the method away and give the base model back, bit for bit, head and ``requires_grad``
         included.  What was resized meanwhile keeps its size."""
         self._check_attached(resized=True)
-        self._unmerge()
-        self._undo()
+        _surely(self._end)
         return self.model
 
-    def _undo(self, keep_merged: bool = False) -> None:
-        if not keep_merged:
-            for part in reversed(self.parts):
-                part.unplug()
-        delattr(self.model, ADDED)
-        for module in self.model.modules():
-            vars(module).pop(CARRIED, None)
+    def _keep(self, parameter: nn.Parameter) -> None:
+        """Called before a merge writes to ``parameter``."""
+        if parameter not in self._kept:
+            self._kept[parameter] = copied(parameter)
+
+    def _unmerge_weights(self) -> None:
+        for parameter, kept in self._kept.items():
+            put(parameter, kept)
+
+    # The next two lead to their end from wherever they, or a merge, have got to, so that one that was
+    # interrupted is done again.
+
+    def _act_beside(self) -> None:
+        """The base weights as they were, and the parts at work in their order, on which sums of floats
+        depend."""
+        self._unmerge_weights()
+        for part in self.parts:
+            part.unplug()
+        for part in self.parts:
+            part.plug()
+        self.merged = False
+        self._kept = {}
+
+    def _end(self, merged: bool = False) -> None:
+        """Nothing of the method is left but, with ``merged``, its effect."""
+        if not hasattr(self.model, ADDED):
+            return
+        for part in self.parts:
+            part.unplug()
         parameters = dict(self.model.named_parameters())
-        for name, original in self._originals.items():
-            put(parameters[name], original)
+        if not merged:
+            self._unmerge_weights()
+            for part in self.parts:
+                part.restore()
+            for name, original in self._originals.items():
+                put(parameters[name], original)
         for name, flag in self._flags.items():
             parameters[name].requires_grad_(flag)
             parameters[name].grad = None
+        for module in self.model.modules():
+            vars(module).pop(CARRIED, None)
+        delattr(self.model, ADDED)
 
     @property
     def active(self) -> bool:
@@ -315,6 +337,59 @@ class Attachment:
             if merged:
                 self.merge()
         return path
+
+
+class Added(nn.ModuleDict):
+    """The one child module under which the parts are."""
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        """Called by ``torch.nn.DataParallel`` for each device but the model's own."""
+        if not self.attachment.merged and len(self):
+            # the parts of a replica would be those of the first device
+            raise RuntimeError(
+                f"model: {type(self.attachment.method).__name__} cannot act in the replicas that "
+                "torch.nn.DataParallel makes; start one process for each device, with torchrun or accelerate"
+            )
+        return super()._replicate_for_data_parallel()
+
+
+def _surely(action: Callable[[], None]) -> None:
+    """Do it; if it is interrupted, do it all the same, from the start, and raise then."""
+    try:
+        action()
+    except BaseException:
+        action()
+        raise
+
+
+def _check_order(parts: list[Part]) -> None:
+    """Raise ValueError if the parts, in this order, would compute something else than they merge to."""
+    there: dict[int, list[tuple[Any, Part]]] = {}  # by parameter
+    for part in parts:
+        for parameter, rows in part.places:
+            others = there.setdefault(parameter, [])
+            for other in (p for r, p in others if r is None or rows is None or r == rows):
+                mine, its = type(part.method).__name__, type(other.method).__name__
+                if part.first or (part.reads and not other.inside):
+                    raise ValueError(
+                        f"method: {mine} must stand first at {part.place}, since it reads the base weight; "
+                        f"{its} acts there before it"
+                    )
+                if part.inside and other.reads:
+                    raise ValueError(
+                        f"method: {mine} must stand before {its}, which reads the weight of {other.place} as "
+                        "it finds it"
+                    )
+            others.append((rows, part))
+
+
+def _changed(parts: list[Part]) -> int:
+    """How many entries of the effective model the parts can make differ from the base, each counted once."""
+    entries: dict[int, dict[Any, int]] = {}  # of each parameter, by rows
+    for part in parts:
+        for (parameter, rows), n in part.places.items():
+            entries.setdefault(parameter, {})[rows] = n
+    return sum(by_rows.get(None) or sum(by_rows.values()) for by_rows in entries.values())
 
 
 def load(model: PreTrainedModel, path: str | os.PathLike, *, any_weights: bool = False) -> Attachment:

@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from guidelib.core.anatomy import Site, Targets
 from guidelib.core.attaching import Attachment, attach, attached, load
 from guidelib.core.method import expect
+from guidelib.core.points.passes import Call, noted, notes
 from guidelib.core.points.weight_delta import BranchCost, Delta, DeltaPart, WeightDelta, added_dtype
 from guidelib.reparametrization.lora import LoRA
 
@@ -59,8 +59,11 @@ class FLoRA(WeightDelta):
             expect(number and math.isfinite(self.alpha), "alpha", self.alpha, "a finite number or None")
 
     def parts(self, anatomy, saved):
-        kind = FastPart if self.form == "multiply" else DeltaPart
-        return [kind(self, site, self.build(site)) for site in anatomy.linears(self.targets)]
+        blocks = {(stack, layer): block for stack, layer, block in anatomy.blocks()}
+        return [
+            PerExamplePart(self, site, self.build(site), blocks.pop((site.stack, site.layer), None))
+            for site in anatomy.linears(self.targets)
+        ]
 
     def build(self, site: Site) -> PerExample:
         smaller = min(site.shape)
@@ -71,7 +74,7 @@ class FLoRA(WeightDelta):
 
 
 class PerExample(Delta):
-    """The factors of all adapters of one weight, and which of them are in use.
+    """The factors of all adapters of one weight, and which of them are in use where ``using`` chooses none.
 
     ids: one adapter for the whole batch, or a tensor of one per example; then each may stand for
     ``num_beams`` rows.
@@ -88,22 +91,28 @@ class PerExample(Delta):
         self.ids: int | torch.Tensor = 0
         self.num_beams = 1
 
+    @property
+    def choice(self) -> tuple[int | torch.Tensor, int]:
+        """ids and num_beams of the pass that runs in this thread."""
+        return notes().get(self, (self.ids, self.num_beams))
+
     def chosen(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A (r, d_in) and B (d_out, r) for the whole batch, or one of each in front per row of x."""
-        if isinstance(self.ids, int):
-            return self.A[self.ids], self.B[self.ids]
-        rows, n = len(x), len(self.ids)
+        ids, num_beams = self.choice
+        if isinstance(ids, int):
+            return self.A[ids], self.B[ids]
+        rows, n = len(x), len(ids)
         accepted = f"as many as the batch's {rows} rows, or rows / num_beams in beam search"
-        expect(
-            rows in (n, n * self.num_beams), "ids", f"{n} of them with num_beams={self.num_beams}", accepted
-        )
-        ids = self.ids.to(self.A.device).repeat_interleave(rows // n)
+        fits = rows == n or rows == n * num_beams
+        expect(fits, "ids", f"{n} of them with num_beams={num_beams}", accepted)
+        ids = ids.to(self.A.device).repeat_interleave(rows // n)
         return self.A[ids], self.B[ids]
 
     def product(self) -> torch.Tensor:
         """B_i A_i (d_out, d_in) of the one adapter in use."""
-        expect(isinstance(self.ids, int), "ids", self.ids, "one adapter where a single weight is asked for")
-        return self.B[self.ids] @ self.A[self.ids]
+        ids, _ = self.choice
+        expect(isinstance(ids, int), "ids", ids, "one adapter where a single weight is asked for")
+        return self.B[ids] @ self.A[ids]
 
 
 class Batched(PerExample):
@@ -118,7 +127,7 @@ class Batched(PerExample):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         a, b = self.chosen(x)
-        if isinstance(self.ids, int):
+        if a.dim() == 2:
             return F.linear(F.linear(x, a) * self.scale, b)
         rows = x.reshape(len(x), -1, x.shape[-1])  # (B, T, d_in)
         return (rows @ a.mT * self.scale @ b.mT).view(*x.shape[:-1], -1)
@@ -152,7 +161,7 @@ class Fast(PerExample):
     def adjust(self, x, y, weight, bias):
         """Where the layer has run, its output y is corrected; y is None where this takes its place."""
         a, b = self.chosen(x)
-        per_row = () if isinstance(self.ids, int) else (len(x), *(1 for _ in x.shape[1:-1]))
+        per_row = () if a.dim() == 2 else (len(x), *(1 for _ in x.shape[1:-1]))
         total = None
         for k in range(a.shape[-2]):
             beside = k == 0 and y is not None
@@ -184,29 +193,34 @@ class Fast(PerExample):
         )
 
 
-class FastPart(DeltaPart):
-    """Fast in the place of its layer's own product.  One map of a fused layer corrects that instead, which
-    costs one product more."""
+class PerExamplePart(DeltaPart):
+    """A delta whose adapters are chosen for each pass.  Fast stands in the place of its layer's own product;
+    one map of a fused layer stands beside that instead, which costs one product more.
+
+    block: its transformer block, for the first part in there: recomputed for its gradient, the block has to
+    find the same choice.
+    """
+
+    why_not = "each example has its own adapter; choose one for all with using(model, id)"
+
+    def __init__(self, method: FLoRA, site: Site, delta: PerExample, block: nn.Module | None):
+        super().__init__(method, site, delta)
+        self._block = (block,)  # in a tuple, so that it is not registered as a child
+
+    @property
+    def mergeable(self) -> bool:
+        return super().mergeable and isinstance(self.delta.choice[0], int)
 
     def plug(self) -> None:
-        if self.site.rows is not None:
-            return super().plug()
-        self.take_over(self.site.module, self._forward)
+        if isinstance(self.delta, Fast) and self.site.rows is None:
+            self.around(self.site.module, self._instead)
+        else:
+            super().plug()
+        if self._block[0] is not None:
+            self.around(self._block[0], self.frame)
 
-    def unplug(self) -> None:
-        super().unplug()
-        self.give_back(self.site.module, self._forward)
-
-    def _forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
-        layer = self.site.module  # with gradient, in case its own weight or bias is trained, too
-        weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
-        rows = slice(None) if self.site.rows is None else self.site.rows
-        return self.delta.adjust(x, y, weight[rows], None if layer.bias is None else layer.bias[rows])
-
-    def _hook(self, module, args, output):
-        rows = self.site.rows
-        own = self._forward(args[0], output[..., rows])
-        return torch.cat((output[..., : rows.start], own, output[..., rows.stop :]), dim=-1)
+    def _instead(self, call: Call, x: torch.Tensor) -> torch.Tensor:
+        return self.delta.adjust(x, None, *self.found(call.layer))
 
 
 @contextmanager
@@ -214,7 +228,7 @@ def using(model: PreTrainedModel, ids: int | Sequence[int], *, num_beams: int = 
     """Within the block, example i of each batch uses adapter ``ids[i]``; a single number is for all of them.
 
     num_beams: in generation with beams, as many as ``generate`` is given; the beams of an example use its
-    adapter.  With gradient checkpointing the backward pass belongs into the block, too.
+    adapter.  The choice is that of the passes in this thread; others may choose otherwise at the same time.
 
     Raises ValueError if FLoRA is not attached, or is merged, or an id is not one of its adapters; and the
     model does if a batch has another number of examples.
@@ -231,16 +245,9 @@ def using(model: PreTrainedModel, ids: int | Sequence[int], *, num_beams: int = 
     listed = [ids] if single else list(ids) if isinstance(ids, Sequence) else []
     right = bool(listed) and all(type(i) is int and 0 <= i < tasks for i in listed)
     expect(right, "ids", given, f"an adapter's number from 0 to {tasks - 1}, or one for each example")
-    before = [(p.delta.ids, p.delta.num_beams, p.mergeable, p.why_not) for p in parts]
-    for part in parts:
-        part.delta.ids, part.delta.num_beams = (ids if single else torch.tensor(listed)), num_beams
-        part.mergeable = single
-        part.why_not = "each example has its own adapter; choose one for all with using(model, id)"
-    try:
+    choice = (ids if single else torch.tensor(listed)), num_beams
+    with noted({part.delta: choice for part in parts}):
         yield
-    finally:
-        for part, values in zip(parts, before, strict=True):
-            part.delta.ids, part.delta.num_beams, part.mergeable, part.why_not = values
 
 
 def load_loras(model: PreTrainedModel, paths: Sequence[str | os.PathLike]) -> Attachment:

@@ -26,6 +26,8 @@ from transformers.pytorch_utils import Conv1D
 from guidelib.core.anatomy import Site, Targets
 from guidelib.core.attaching import attached
 from guidelib.core.method import Method, expect
+from guidelib.core.points.part import Place, hollow, where
+from guidelib.core.points.passes import Call
 from guidelib.core.points.weight_space import WeightSpacePart
 
 SCALES = 256  # scales that share one step in double quantisation
@@ -230,7 +232,6 @@ class NF4Part(WeightSpacePart):
         super().__init__(method, model, owned)
         self.name = f"NF4_{site.name.replace('.', '_')}"
         self.quantized, self.released = quantized, False
-        self.dropped = False  # whether a stand-in is in the place of the layer's weight
         self._site = (site,)  # in a tuple, so that the layer is not registered as a child
 
     @property
@@ -242,16 +243,17 @@ class NF4Part(WeightSpacePart):
         return self.site.name
 
     @property
-    def changed(self) -> int:
-        return self.site.weight.numel()
+    def places(self) -> dict[Place, int]:
+        return {where(self.site.module.weight, self.site.rows): self.site.weight.numel()}
 
     def effective(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         return self.quantized.dequantize(weight.dtype)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        if self.dropped:  # a cast has given the stand-in memory
-            self._drop()
+        weight = self.site.module.weight
+        if self.released and bool(weight.flatten()[0].isnan()):  # a cast has given the stand-in memory
+            self.release()
         return self
 
     def plug(self) -> None:
@@ -263,42 +265,26 @@ class NF4Part(WeightSpacePart):
             "one that leaves the weights which NF4 quantises frozen",
         )
         if self.replaced:
-            self.take_over(layer, self._forward)
-            if self.released:
-                self._drop()
+            self.around(layer, self._forward)
 
-    def unplug(self) -> None:
-        layer = self.site.module
-        taken = self.give_back(layer, self._forward)
-        if taken and self.dropped:  # or a merge has filled it in already
-            self._fill()
-
-    def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        layer = self.site.module
+    def _forward(self, call: Call, x: torch.Tensor) -> torch.Tensor:
+        if call.behind:  # which wants a weight
+            return super()._forward(call, x)
+        layer = call.layer
         linear = _Compiled if torch.compiler.is_compiling() else _Linear
         return linear.apply(x, layer.bias, self.quantized, isinstance(layer, Conv1D), layer.weight.dtype)
 
-    def merge(self) -> None:
-        if self.released and self.replaced:
-            self._fill()
-        else:
-            super().merge()
-
-    def unmerge(self) -> None:
-        if self.released and self.replaced:
-            self._drop()
-        else:
-            super().unmerge()
-
-    def _fill(self) -> None:
+    def restore(self) -> None:
         weight = self.site.module.weight
-        weight.data = self.quantized.dequantize(weight.dtype)
-        self.dropped = False
+        if self.replaced and (self.released or hollow(weight)):
+            weight.data = self.quantized.dequantize(weight.dtype)
 
-    def _drop(self) -> None:
+    def release(self) -> None:
         weight = self.site.module.weight
-        weight.data = weight.new_full((), float("nan")).expand(weight.shape)  # one number, seen everywhere
-        self.dropped = True
+        if self.replaced:
+            # one number, seen everywhere
+            weight.data = weight.new_full((), float("nan")).expand(weight.shape)
+        self.released = True
 
 
 def release(model: PreTrainedModel) -> int:
@@ -318,6 +304,5 @@ def release(model: PreTrainedModel) -> int:
     for part in parts:
         if part.replaced and not part.released:
             freed += part.site.module.weight.nbytes
-            part._drop()
-        part.released = True
+        part.release()
     return freed

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call
 
 from guidelib.additive.adapters.bottleneck import Adapter
 from guidelib.core.anatomy import Sublayer, Targets
 from guidelib.core.method import Attached, expect
+from guidelib.core.points.passes import twin
 from guidelib.core.points.sublayer import part_name
 
 SHARED = ("up", "down", "none")
@@ -114,7 +114,7 @@ class Experts(nn.ModuleList):
             return self[0](x)
         if self.training:  # torch's generator: gradient checkpointing restores it, and repeats the draw
             return self[int(torch.randint(len(self), ()))](x)
-        return functional_call(self[0], self.mean(), (x,))
+        return twin(self[0], self.mean())(x)
 
     def mean(self) -> dict[str, torch.Tensor]:
         """The mean of each parameter over the experts, by name.  Not the mean of what the experts compute."""

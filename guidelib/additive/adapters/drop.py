@@ -23,7 +23,8 @@ from guidelib.additive.adapters.bottleneck import PfeifferAdapter
 from guidelib.core.anatomy import Anatomy
 from guidelib.core.method import Method, Wrapper, expect
 from guidelib.core.points.part import Part
-from guidelib.core.points.sublayer import SublayerPart
+from guidelib.core.points.passes import Call, noted, notes
+from guidelib.core.points.sublayer import SKIPPED, SublayerPart
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class AdapterDrop(Wrapper):
 
 
 class RandomDrop(Part):
-    """Draws n before each forward pass in training, and lets the adapters from layer n on act.
+    """Draws n for each forward pass in training, and notes for that pass which adapters are left out.
 
     It is drawn outside of the blocks, since a block may be computed again for its gradient and must then find
     the same n.
@@ -79,18 +80,17 @@ class RandomDrop(Part):
         super().__init__()
         self.name, self.method = "AdapterDrop", method
         self._places = backbone, adapters
-        self._handle: Any = None
 
     def plug(self) -> None:
-        self._handle = self._places[0].register_forward_pre_hook(self._draw)
+        backbone, adapters = self._places
+        self.around(backbone, self._draw)
+        for block in {part.sublayer.block: None for part in adapters}:
+            self.around(block, self.frame)
 
-    def unplug(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-
-    def _draw(self, module: nn.Module, args: Any) -> None:
-        if self.training:
-            n = int(torch.randint(self.method.drop + 1, ()))
-            for part in self._places[1]:
-                part.skipped = part.sublayer.layer < n
+    def _draw(self, call: Call, *args: Any, **kwargs: Any) -> Any:
+        if not self.training:
+            return call(*args, **kwargs)
+        n = int(torch.randint(self.method.drop + 1, ()))
+        left_out = {part for part in self._places[1] if part.sublayer.layer < n}
+        with noted({SKIPPED: left_out | notes().get(SKIPPED, set())}):
+            return call(*args, **kwargs)

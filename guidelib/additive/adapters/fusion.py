@@ -17,6 +17,7 @@ count (trained) = 3 d^2 + 2 d per layer.  A file holds the frozen adapters as we
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -106,10 +107,13 @@ class AdapterFusion(Method):
     def weights(self, attachment: Attached, batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """p of each layer in one pass over ``batch``: (..., N), and 1 summed over the N adapters."""
         seen: list[torch.Tensor] = []
-        hooks = [
-            fusion.register_forward_hook(lambda m, x, _: seen.append(m.weights(*x, m.added(*x))))
-            for fusion in self._fusions(attachment)
-        ]
+        mine = threading.get_ident()
+
+        def look(fusion: Fusion, h: tuple[torch.Tensor], _: torch.Tensor) -> None:
+            if threading.get_ident() == mine:  # others may run passes of their own
+                seen.append(fusion.weights(*h, fusion.added(*h)))
+
+        hooks = [fusion.register_forward_hook(look) for fusion in self._fusions(attachment)]
         try:
             attachment.model(**batch)
         finally:

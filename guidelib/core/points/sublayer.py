@@ -8,22 +8,27 @@ block goes on with x + D(h).  A hook makes this x + D(h) + g(.), where g reads o
     "normed"   norm(x + D(h))        in sequence, behind the block's own norm (post-norm models only)
 
 At the point "before dropout" the same happens to h itself: D(h + g(.)).
+
+Where g needs x, a hook at the sub-layer's first module makes a note of it (see passes.py), and the one at its
+last takes it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from guidelib.core.anatomy import Anatomy, Sublayer
 from guidelib.core.method import Method, expect
+from guidelib.core.points import passes
 from guidelib.core.points.part import Part
 
 POINTS = ("after dropout", "before dropout")
+SKIPPED = "skipped"  # a note: the parts that a pass in training leaves out
 
 
 @dataclass(frozen=True)
@@ -80,11 +85,8 @@ class SublayerPart(Part):
                 '"before dropout"'
             )
         self.name, self.method, self.module, self.reads, self.point = name, method, module, reads, point
-        self.skipped = False  # in training: AdapterDrop leaves parts out of a forward pass
         # in a tuple, so that the backbone's layers are not registered as children of this module
         self._sublayer = (sublayer,)
-        self._handles: list[Any] = []
-        self._x: torch.Tensor | None = None
 
     @property
     def sublayer(self) -> Sublayer:
@@ -92,37 +94,30 @@ class SublayerPart(Part):
 
     @property
     def _acts(self) -> bool:
-        return not (self.skipped and self.training)
+        return not (self.training and self in passes.notes().get(SKIPPED, ()))
 
     def plug(self) -> None:
         at, before = self.sublayer, self.point == "before dropout"
         behind_sum = at.dropout_function and not before  # BART's dropout is no module: see _behind_sum
         if behind_sum or self.reads != "output":
-            self._handles.append(at.source.register_forward_pre_hook(self._remember))
+            self.around(at.block, self.frame)
+            self.hook(at.source, self._remember, before=True)
         if behind_sum:
-            self._handles.append(at.norm.register_forward_pre_hook(self._behind_sum))
+            self.hook(at.norm, self._behind_sum, before=True)
         else:
             last = at.out.module if before or at.dropout is None else at.dropout
-            self._handles.append(last.register_forward_hook(self._behind))
-
-    def unplug(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
-        self._x = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_x": None}  # a copy of the part does not take an activation along
+            self.hook(last, self._behind)
 
     def _remember(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        self._x = args[0]
+        passes.note(self, args[0])
 
     def _behind(self, module: nn.Module, args: tuple[torch.Tensor, ...], h: torch.Tensor) -> torch.Tensor:
-        x, self._x = self._x, None
+        x = None if self.reads == "output" else passes.take(self)
         return h + self._change(x, h) if self._acts else h
 
     def _behind_sum(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """The norm's input is x + D(h), from which D(h) is found by subtraction, up to rounding."""
-        (total, *rest), x, self._x = args, self._x, None
+        (total, *rest), x = args, passes.take(self)
         return (total + self._change(x, total - x) if self._acts else total, *rest)
 
     def _change(self, x: torch.Tensor | None, h: torch.Tensor) -> torch.Tensor:

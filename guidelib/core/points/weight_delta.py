@@ -8,16 +8,17 @@ frozen layer's output y = W x + b without forming W'.  The tests hold the two eq
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from guidelib.core.anatomy import Anatomy, Site, fault_of
 from guidelib.core.method import Method, expect
-from guidelib.core.points.part import Part
+from guidelib.core.points.part import Part, Place, standing, where
 
 
 @dataclass(frozen=True)
@@ -123,11 +124,13 @@ class DeltaPart(Part):
         self.method, self.delta = method, delta
         # in a tuple, so that the backbone's layer is not registered as a child of this module
         self._site = (site,)
-        self._handle = self._kept = None
-        self.first = not delta.additive
-        self.mergeable = not (site.fault or (delta.moves_bias and site.bias is None))
+        self.reads = not delta.additive
         if site.fault:
             self.why_not = f"{site.name} {site.fault}, which holds no plain weight to write to"
+
+    @property
+    def mergeable(self) -> bool:
+        return not (self.site.fault or (self.delta.moves_bias and self.site.bias is None))
 
     @property
     def site(self) -> Site:
@@ -138,22 +141,28 @@ class DeltaPart(Part):
         return self.site.name
 
     @property
-    def changed(self) -> int:
-        # a weight that is also trained in place is counted there
-        weight = getattr(self.site.module, "weight", None)
-        return 0 if getattr(weight, "requires_grad", False) else math.prod(self.site.shape)
+    def places(self) -> dict[Place, int]:
+        layer, rows = self.site.module, self.site.rows
+        weight = getattr(layer, "weight", layer)  # a layer that is not plain may hold none
+        trained = getattr(weight, "requires_grad", False)
+        changed = {where(weight, rows): 0 if trained else math.prod(self.site.shape)}
+        if getattr(layer, "bias", None) is not None:  # read at least
+            moved = self.delta.moves_bias and not layer.bias.requires_grad
+            changed[where(layer.bias, rows)] = self.site.bias.numel() if moved else 0
+        return changed
 
     def plug(self) -> None:
-        self._handle = self.site.module.register_forward_hook(self._hook)
+        self.hook(self.site.module, self._hook)
 
-    def unplug(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+    def found(self, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """W (d_out, d_in) and b (d_out,) of ``layer``, which stands for the site's, with their gradients."""
+        weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+        rows = slice(None) if self.site.rows is None else self.site.rows
+        return weight[rows], None if layer.bias is None else layer.bias[rows]
 
     def _hook(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         x, rows = args[0], self.site.rows
-        base = (None, None) if self.delta.additive else (self.site.weight, self.site.bias)
+        base = self.found(standing(module)) if self.reads else (None, None)
         if rows is None:
             return self.delta.adjust(x, output, *base)
         # one map of a fused projection: only its own outputs change
@@ -161,21 +170,15 @@ class DeltaPart(Part):
         return torch.cat((before, self.delta.adjust(x, own, *base), after), dim=-1)
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self, keep: Callable[[nn.Parameter], None]) -> None:
         if fault := fault_of(self.site.module):  # since it was attached
             raise TypeError(f"{self.site.name} {fault}, which holds no plain weight to write to")
-        weight, bias = self.site.weight, self.site.bias
-        self._kept = weight.clone(), None if bias is None else bias.clone()
-        self._write(*self.delta.effective(weight, bias))
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        self._write(*self._kept)
-        self._kept = None
-
-    def _write(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        layer = self.site.module
+        weight, bias = self.delta.effective(self.site.weight, self.site.bias)
+        keep(layer.weight)
         self.site.weight.copy_(weight)
-        if bias is not None:
+        if self.delta.moves_bias:
+            keep(layer.bias)
             self.site.bias.copy_(bias)
 
 

@@ -1,20 +1,23 @@
 """WeightSpacePart - base parameters that are replaced by functions of themselves while the model runs.
 
 A WeightDelta corrects the output of a linear map.  What acts on any parameter (an embedding, a norm's gain)
-or has no fast path is done here by the definition: whenever a layer runs, it finds theta' in the place of its
-parameter theta, and theta again afterwards.  So the layer keeps its class, its keys and its parameter.
+or has no fast path is done here by the definition: whenever a layer runs, a twin of it computes, which has
+theta' in the place of the parameter theta.  The layer itself keeps its class, its keys and its parameter,
+which nothing ever touches but a merge.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from guidelib.core.anatomy import computes, expect_numbers
-from guidelib.core.method import Method
-from guidelib.core.points.part import Part, put
+from guidelib.core.method import Method, expect
+from guidelib.core.points.part import Part, Place, put, where
+from guidelib.core.points.passes import Call, Detour, twin
 
 
 class WeightSpacePart(Part):
@@ -25,6 +28,7 @@ class WeightSpacePart(Part):
     """
 
     mergeable = True
+    inside = True
 
     def __init__(self, method: Method, model: nn.Module, parameters: Mapping[str, nn.Parameter]):
         super().__init__()
@@ -44,49 +48,40 @@ class WeightSpacePart(Part):
                     f"model: the layer of {min(owned.values())!r} computes its weight before each pass "
                     "(weight_norm, spectral_norm, pruning); accepted are layers that hold their weight"
                 )
-        self._handles: list = []
-        self._resting: dict[tuple[nn.Module, str], nn.Parameter] = {}
-        self._kept: dict[str, torch.Tensor] = {}
 
     def effective(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """theta -> theta' of the base parameter ``name``, of the same shape."""
         raise NotImplementedError
 
     @property
-    def changed(self) -> int:
-        # a parameter that is also trained in place is counted there
-        return sum(p.numel() for p in self.replaced.values() if not p.requires_grad)
+    def places(self) -> dict[Place, int]:
+        return {where(p): 0 if p.requires_grad else p.numel() for p in self.replaced.values()}
 
     def plug(self) -> None:
-        for module in self._owners:
-            self._handles += [
-                module.register_forward_pre_hook(self._enter),
-                module.register_forward_hook(self._leave, always_call=True),
-            ]
+        for module, owned in self._owners.items():
+            own = vars(module).get("forward") if Detour.of(module) is None else Detour.of(module).own
+            expect(
+                own is None,
+                "model",
+                f"one whose {next(iter(owned.values()))} serves a forward of its own ({own!r})",
+                f"one whose layers have their class's forward, which {self.name} gives other parameters",
+            )
+            self.around(module, self._forward)
 
-    def unplug(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+    def _forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
+        return call.on(self.stand_in(call.module, call.layer))(*args, **kwargs)
 
-    def _enter(self, module: nn.Module, args: tuple) -> None:
-        for attribute, name in self._owners[module].items():
-            parameter = module._parameters[attribute]
-            self._resting[module, attribute] = parameter
-            module._parameters[attribute] = self.effective(name, parameter).to(parameter.dtype)
-
-    def _leave(self, module: nn.Module, args: tuple, output: object) -> None:
-        for attribute in self._owners[module]:
-            if (module, attribute) in self._resting:  # not if the layer before it failed to enter
-                module._parameters[attribute] = self._resting.pop((module, attribute))
+    def stand_in(self, module: nn.Module, layer: nn.Module) -> nn.Module:
+        found = layer._parameters
+        tensors = {
+            attribute: self.effective(name, found[attribute]).to(found[attribute].dtype)
+            for attribute, name in self._owners[module].items()
+        }
+        return twin(layer, tensors)
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self, keep: Callable[[nn.Parameter], None]) -> None:
         for name, parameter in self.replaced.items():
-            self._kept[name] = parameter.clone()
-            parameter.copy_(self.effective(name, parameter))
-
-    def unmerge(self) -> None:
-        for name, kept in self._kept.items():
-            put(self.replaced[name], kept)
-        self._kept.clear()
+            value = self.effective(name, parameter)
+            keep(parameter)
+            put(parameter, value)
