@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from guidelib.core.anatomy import ADDED, Anatomy, expect_weights
 from guidelib.core.method import Method, Spec
 from guidelib.core.points.part import Part, copied, put
+from guidelib.core.values import has_values, mode_of
 
 FORMAT = "guidelib 1"
 CARRIED = "_guidelib_attachment"  # of every module of the model: the attachment that it belongs to
@@ -83,7 +84,7 @@ def _attach(
         raise TypeError(f"method must be a guidelib method such as LoRA(r=8), got {method!r}{hint}")
     anatomy = Anatomy(model)
     _check_free(model)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), mode_of(model):
         torch.manual_seed(seed)
         parts = method.parts(anatomy, saved)
     selected = method.select(anatomy) | set(anatomy.head())
@@ -472,14 +473,14 @@ def _fingerprint(anatomy: Anatomy) -> dict[str, str]:
     """What an adapter file says of its base: architecture, shapes, and a sample of the weights.
 
     The task head is left out, since it differs per task; the sample is rounded to bfloat16, so that a base
-    loaded in 16 bits is recognised.  A model without weights (meta device) has an empty sample.
+    loaded in 16 bits is recognised.  A model without values (see values.py) has an empty sample.
     """
     head = anatomy.head()
     base = {name: p for name, p in anatomy.base_parameters().items() if name not in head}
     shapes = json.dumps({name: tuple(p.shape) for name, p in base.items()}, sort_keys=True)
     sample = hashlib.sha256()
     for _, parameter in sorted(base.items()):
-        if parameter.device.type != "meta":
+        if has_values(parameter):
             flat = parameter.detach().flatten()
             few = flat[:: max(1, flat.numel() // 16)].to(torch.bfloat16).cpu()
             sample.update(few.view(torch.int16).numpy().tobytes())

@@ -108,6 +108,13 @@ class Method(Spec):
         """A scalar to add to the loss of one batch, or None; ``outputs`` is what the model gave for it."""
         return None
 
+    def loss_terms(
+        self, attachment: Attached, batch: Mapping[str, torch.Tensor], outputs: Any
+    ) -> list[torch.Tensor]:
+        """What is added to the loss of one batch: of the two terms above those that there are."""
+        terms = self.regularizer(attachment), self.batch_loss(attachment, batch, outputs)
+        return [term for term in terms if term is not None]
+
     def after_step(
         self, attachment: Attached, step: int, total: int, optimizer: torch.optim.Optimizer
     ) -> None:

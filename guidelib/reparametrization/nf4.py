@@ -20,6 +20,7 @@ from statistics import NormalDist
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -29,11 +30,11 @@ from guidelib.core.method import Method, expect
 from guidelib.core.points.part import Place, hollow, where
 from guidelib.core.points.passes import Call
 from guidelib.core.points.weight_space import WeightSpacePart
+from guidelib.core.values import beside, has_values
 
 SCALES = 256  # scales that share one step in double quantisation
 
 
-@cache
 def levels() -> torch.Tensor:
     """The 16 values of NF4 in 64 bits, rising from -1 to 1.
 
@@ -45,15 +46,16 @@ def levels() -> torch.Tensor:
     def quantiles(n: int) -> list[float]:  # n of them, from the tail to just before the middle
         return [NormalDist().inv_cdf(tail + i * (0.5 - tail) / n) for i in range(n)]
 
-    values = torch.tensor([*quantiles(7), 0.0, *(-q for q in reversed(quantiles(8)))], dtype=torch.float64)
-    return values / values[-1]
+    values = [*quantiles(7), 0.0, *(-q for q in reversed(quantiles(8)))]
+    return torch.tensor(values, dtype=torch.float64, device="cpu") / values[-1]
 
 
 @cache
 def _pairs(device: torch.device) -> torch.Tensor:
     """The two levels that each byte stands for, (256, 2)."""
-    byte = torch.arange(256)
-    return levels()[torch.stack((byte >> 4, byte & 15), dim=1)].to(device)
+    with _disable_current_modes():  # kept for everybody, so nobody's shapes and in nobody's count
+        byte = torch.arange(256, device="cpu")
+        return levels()[torch.stack((byte >> 4, byte & 15), dim=1)].to(device)
 
 
 class Quantized(nn.Module):
@@ -75,7 +77,7 @@ class Quantized(nn.Module):
         self.pairs = _pairs(weight.device)  # no buffer, since all layers share it
         blocks = _blocks(weight.detach().to(torch.promote_types(weight.dtype, torch.float32)), block)
         scales = blocks.abs().amax(1)
-        finite = weight.is_meta or bool(scales.isfinite().all())
+        finite = not has_values(weight) or bool(scales.isfinite().all())
         expect(finite, "weight", "NaN or infinity", "finite")
         edges = (levels()[1:] + levels()[:-1]) / 2  # an entry goes to the nearest level
         # a block of zeros has no scale, and any will do
@@ -113,7 +115,8 @@ class Quantized(nn.Module):
         if self.double:
             scales = _blocks(scales, SCALES) * self.steps.unsqueeze(1) + self.mean
             scales = scales.flatten()[: len(self.scales)]
-        values = self.pairs.to(dtype).index_select(0, self.codes.int()).view(-1, self.block)
+        pairs = beside(self.codes, self.pairs).to(dtype)
+        values = pairs.index_select(0, self.codes.int()).view(-1, self.block)
         values = values.mul_(scales.to(dtype).unsqueeze(1)).flatten()
         return values[: self.shape.numel()].view(self.shape)
 

@@ -23,6 +23,7 @@ from torch import nn
 
 from guidelib.core.anatomy import Anatomy, Targets
 from guidelib.core.method import expect
+from guidelib.core.values import draw
 from guidelib.reparametrization.lora import LoRA
 
 
@@ -52,7 +53,7 @@ class ReLoRA(LoRA):
     def parts(self, anatomy, saved):
         parts = super().parts(anatomy, saved)
         for part in parts:  # after all of LoRA's draws, so that the first cycle is LoRA's
-            part.seed = int(torch.randint(2**31, (), device="cpu"))
+            part.seed = draw(2**31)
             part.first = self.restarts > 0  # none beside it may depend on the weight, which is rewritten
         return parts
 

@@ -20,6 +20,7 @@ same; a known implementation cuts theta_d off there.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,7 @@ from guidelib.core.method import Method, expect
 from guidelib.core.points.part import Part
 from guidelib.core.points.weight_delta import added_dtype
 from guidelib.core.points.weight_space import WeightSpacePart
+from guidelib.core.values import autocasts
 from guidelib.reparametrization.fastfood import Fastfood
 
 DENSE_LIMIT = 10**8  # numbers: 400 MB
@@ -94,7 +96,8 @@ class Subspace(WeightSpacePart):
         i = self._index[name]
         # lambda (P theta) = P (lambda theta), and so autograd keeps d numbers for lambda instead of D_i
         moved = self.theta if self.scales is None else self.scales[i] * self.theta
-        with torch.autocast(weight.device.type, enabled=False):  # sums of n terms do not fit 16 bits
+        # sums of n terms do not fit 16 bits
+        with torch.autocast(weight.device.type, enabled=False) if autocasts(weight) else nullcontext():
             moved = self.projections[i](moved)
         if moved.numel() != weight.numel():
             raise ValueError(

@@ -264,9 +264,7 @@ class _Trainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         with _mixed(model, self.precision), recompute.keep_less() if self.keep_less else nullcontext():
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-            method = self.attachment.method
-            terms = method.regularizer(self.attachment), method.batch_loss(self.attachment, inputs, outputs)
-        loss = loss + sum(term for term in terms if term is not None)
+            loss = loss + sum(self.attachment.method.loss_terms(self.attachment, inputs, outputs))
         self.seen = inputs
         self.losses.append(float(loss.detach()))
         self._expect_finite("loss", self.losses[-1], f"at step {len(self.losses)}")

@@ -30,6 +30,7 @@ from guidelib.core.anatomy import Sublayer, Targets
 from guidelib.core.method import Attached, expect
 from guidelib.core.points.passes import twin
 from guidelib.core.points.sublayer import part_name
+from guidelib.core.values import draw
 
 SHARED = ("up", "down", "none")
 
@@ -79,12 +80,13 @@ class AdaMix(Adapter):
         if not self.consistency or all(len(experts) == 1 for experts in self.experts_of(attachment)):
             return None
         first, second = outputs.logits, attachment.model(**batch).logits
-        if first.dim() == 3:  # per token: where there is a label, which a decoder predicts a step ahead
-            labels = batch["labels"]
-            if not attachment.model.config.is_encoder_decoder:
-                first, second, labels = first[:, :-1], second[:, :-1], labels[:, 1:]
-            first, second = first[labels != -100], second[labels != -100]
-        return self.consistency * disagreement(first, second)
+        if first.dim() == 2:
+            return self.consistency * disagreement(first, second).mean()
+        labels = batch["labels"]  # per token: where there is one, which a decoder predicts a step ahead
+        if not attachment.model.config.is_encoder_decoder:
+            first, second, labels = first[:, :-1], second[:, :-1], labels[:, 1:]
+        labelled = (labels != -100).to(first.dtype)  # as weights: choosing rows would make a GPU wait
+        return self.consistency * (disagreement(first, second) * labelled).sum() / labelled.sum()
 
     def finish(self, attachment: Attached) -> None:
         """Replace the experts by one with their mean weights."""
@@ -97,13 +99,13 @@ class AdaMix(Adapter):
 
 
 def disagreement(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Half the symmetric KL divergence of two sets of logits (N, C), averaged over N."""
+    """Half the symmetric KL divergence of two sets of logits (..., C): one number for each, (...)."""
     p, q = first.log_softmax(-1), second.log_softmax(-1)
     return (_kl(p.detach(), q) + _kl(q.detach(), p)) / 2
 
 
 def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    return F.kl_div(q, p, reduction="batchmean", log_target=True)
+    return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
 
 
 class Experts(nn.ModuleList):
@@ -112,8 +114,8 @@ class Experts(nn.ModuleList):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if len(self) == 1:
             return self[0](x)
-        if self.training:  # torch's generator: gradient checkpointing restores it, and repeats the draw
-            return self[int(torch.randint(len(self), ()))](x)
+        if self.training:
+            return self[draw(len(self))](x)
         return twin(self[0], self.mean())(x)
 
     def mean(self) -> dict[str, torch.Tensor]:

@@ -25,6 +25,7 @@ from guidelib.core.method import Method, Wrapper, expect
 from guidelib.core.points.part import Part
 from guidelib.core.points.passes import Call, noted, notes
 from guidelib.core.points.sublayer import SKIPPED, SublayerPart
+from guidelib.core.values import draw
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class RandomDrop(Part):
     def _draw(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
             return call(*args, **kwargs)
-        n = int(torch.randint(self.method.drop + 1, ()))
+        n = draw(self.method.drop + 1)
         left_out = {part for part in self._places[1] if part.sublayer.layer < n}
         with noted({SKIPPED: left_out | notes().get(SKIPPED, set())}):
             return call(*args, **kwargs)

@@ -31,6 +31,7 @@ from guidelib.core.method import Attached, Method, expect
 from guidelib.core.points.part import Part
 from guidelib.core.points.sublayer import SublayerPart
 from guidelib.core.points.weight_delta import BranchCost, added_dtype
+from guidelib.core.values import has_values
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,10 @@ class AdapterFusion(Method):
 
     def parts(self, anatomy: Anatomy, saved: Mapping[str, torch.Tensor]) -> list[Part]:
         each = [self.adapter.parts(anatomy, {}) for _ in range(self.n)]  # of each adapter, a part per layer
-        if not isinstance(self.adapters, int) and not saved:  # a file of a fusion brings its adapters
+        real = has_values(next(iter(anatomy.base_parameters().values())))  # or their values do not matter
+        if (
+            not isinstance(self.adapters, int) and not saved and real
+        ):  # a file of a fusion brings its adapters
             for path, parts in zip(self.adapters, each, strict=True):
                 self._fill(anatomy, path, parts)
         return [

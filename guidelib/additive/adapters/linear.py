@@ -16,6 +16,7 @@ from torch import nn
 from guidelib.core.anatomy import Sublayer
 from guidelib.core.method import Spec, expect
 from guidelib.core.points.weight_delta import added_dtype
+from guidelib.core.values import has_values
 
 Pair = tuple[nn.Module, nn.Module]
 INITS = ("houlsby", "bert", "zero up")
@@ -55,6 +56,8 @@ class Dense(Linears):
         for layer in (down, up):
             layer.weight = nn.Parameter(torch.empty(layer.weight.shape, **like))
             layer.bias = nn.Parameter(torch.zeros(layer.bias.shape, **like))
+            if not has_values(layer.weight):  # torch's truncated normal looks at what it drew
+                continue
             if self.init == "houlsby":  # cut off at two standard deviations, as TensorFlow does
                 nn.init.trunc_normal_(layer.weight, std=1e-3, a=-2e-3, b=2e-3)
             elif self.init == "bert":

@@ -26,6 +26,7 @@ from guidelib.core.anatomy import Anatomy, Sublayer
 from guidelib.core.method import Method, expect
 from guidelib.core.points import passes
 from guidelib.core.points.part import Part
+from guidelib.core.values import autocasts
 
 POINTS = ("after dropout", "before dropout")
 SKIPPED = "skipped"  # a note: the parts that a pass in training leaves out
@@ -129,5 +130,5 @@ class SublayerPart(Part):
             read = self.sublayer.norm.forward(x + h)
         # the added parameters stay in 32 bits beside a 16-bit base, which would round small updates away
         dtype = next(self.module.parameters()).dtype
-        inner = read if torch.is_autocast_enabled(read.device.type) else read.to(dtype)
+        inner = read if autocasts(read) else read.to(dtype)
         return self.module(inner).to(read.dtype)

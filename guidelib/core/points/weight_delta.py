@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from guidelib.core.anatomy import Anatomy, Site, fault_of
 from guidelib.core.method import Method, expect
 from guidelib.core.points.part import Part, Place, standing, where
+from guidelib.core.values import autocasts
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Delta(nn.Module):
         The added parameters stay in 32 bits beside a 16-bit base, which would round small updates away.
         """
         dtype = next(self.parameters()).dtype
-        return y + self(x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)).to(y.dtype)
+        return y + self(x if autocasts(x) else x.to(dtype)).to(y.dtype)
 
 
 @dataclass(frozen=True)
