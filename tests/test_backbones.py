@@ -13,8 +13,9 @@ import transformers
 from safetensors.torch import load_file
 
 from guidelib.materials import checkpoints
-from guidelib.materials.backbones import _NAMED, _TINY, MeanPoolClassifier, load_backbone
+from guidelib.materials.backbones import _NAMED, MeanPoolClassifier, load_backbone
 from guidelib.materials.checkpoints import MINILM_HUB, MINILM_SHA256, SMOLLM2_GGUF, minilm_folder
+from guidelib.materials.configs import TINY
 from guidelib.materials.tasks import load_task
 
 ROOT = Path(__file__).parent.parent
@@ -68,7 +69,7 @@ for name in {names}:
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("name", _TINY)
+@pytest.mark.parametrize("name", TINY)
 def test_tiny_models_are_tiny_seeded_and_leave_the_random_state(name):
     torch.manual_seed(7)
     before = torch.get_rng_state()
@@ -87,7 +88,7 @@ def test_tiny_models_are_tiny_seeded_and_leave_the_random_state(name):
         assert config.is_gated_act == config.feed_forward_proj.startswith("gated") == ("v1" not in name)
 
 
-@pytest.mark.parametrize("name", _TINY)
+@pytest.mark.parametrize("name", TINY)
 def test_tiny_models_depend_on_every_visible_token_and_on_nothing_else(name):
     model, tokenizer = load_backbone(name)
     batch = batch_of(tokenizer)

@@ -9,8 +9,8 @@
 Any other name with a "/" is a hub id, or a folder.  Only safetensors are read, and no remote code runs.
 """
 
+import copy
 import functools
-import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,11 +21,18 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
 from guidelib.materials.checkpoints import minilm_folder, no_progress_bars, smollm2_folder, tiny_t5_folder
+from guidelib.materials.configs import TINY, architecture, expect_name, unreachable
 from guidelib.materials.tasks import Task, load_task
 
 
@@ -48,21 +55,42 @@ def load_backbone(
     Raises ValueError for an unknown name or a wrong hash, ModuleNotFoundError for a missing package,
     OSError for a hub id that cannot be loaded, NotImplementedError for an encoder-decoder with a task.
     """
-    task = load_task(task) if isinstance(task, str) else task
-    if not isinstance(task, Task | None):
-        raise TypeError(f"task: got a {type(task).__name__}, but a Task, a task's name or None is accepted")
-    if name in _NAMED:
-        model, tokenizer = _NAMED[name](seed, dtype)
-    elif isinstance(name, str) and "/" in name:
-        model, tokenizer = _hub(name, dtype)
-    else:
-        accepted = ", ".join(_NAMED)
-        raise ValueError(
-            f"name: {name!r} is not a backbone; accepted are {accepted}, or a hub id 'owner/name'"
-        )
+    task = _task(task)
+    expect_name(name)
+    model, tokenizer = _NAMED[name](seed, dtype) if name in _NAMED else _hub(name, dtype)
     if task is not None:
         model = _with_head(model, task, seed)
     return model.eval(), tokenizer
+
+
+def blank_backbone(
+    config: PreTrainedConfig, task: Task | str | None = None, *, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The model that `load_backbone` makes of this configuration, with weights that mean nothing.
+
+    Made on torch's meta device or within its FakeTensorMode it takes no memory.  Of ``task`` only the kind
+    and the labels matter; without one an encoder gets the classification head as well, with as many labels
+    as ``config`` says.  Raises NotImplementedError as `load_backbone` does.
+    """
+    config, task = copy.deepcopy(config), _task(task)
+    kind, model_class, _ = architecture(config)
+    if kind == "encoder":
+        model_class = MeanPoolClassifier
+    for token in ("pad_token_id", "decoder_start_token_id"):  # a tokenizer's; which one it is does not matter
+        if getattr(config, token, None) is None:
+            setattr(config, token, 0)
+    if task is not None and _needs_head(config, kind, task):
+        _set_labels(config, task)
+        if kind == "decoder":
+            model_class = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    return model_class._from_config(config, dtype=dtype)
+
+
+def _task(task: Task | str | None) -> Task | None:
+    task = load_task(task) if isinstance(task, str) else task
+    if not isinstance(task, Task | None):
+        raise TypeError(f"task: got a {type(task).__name__}, but a Task, a task's name or None is accepted")
+    return task
 
 
 class MeanPoolClassifier(PreTrainedModel):
@@ -83,7 +111,7 @@ class MeanPoolClassifier(PreTrainedModel):
     def __init__(self, config: PreTrainedConfig, encoder: PreTrainedModel | None = None):
         super().__init__(config)
         self.num_labels = config.num_labels
-        _, encoder_class, options = _architecture(config)
+        _, encoder_class, options = architecture(config)
         self.encoder = encoder_class(config, **options) if encoder is None else encoder
         self.dropout = nn.Dropout(getattr(config, "hidden_dropout_prob", getattr(config, "dropout", 0.0)))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
@@ -126,36 +154,11 @@ class MeanPoolClassifier(PreTrainedModel):
         return SequenceClassifierOutput(loss, logits, output.hidden_states, output.attentions)
 
 
-def _architecture(config: PreTrainedConfig) -> tuple[str, type[PreTrainedModel], dict[str, Any]]:
-    """Kind of backbone, class to load it with, and the arguments that leave an encoder's pooler out."""
-    family, options = type(config), {}
-    if config.is_encoder_decoder:
-        kind, classes = "encoder-decoder", transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-    elif family in transformers.MODEL_FOR_MASKED_LM_MAPPING:  # before decoder, which BERT can be, too
-        kind, classes = "encoder", transformers.MODEL_MAPPING
-        if "add_pooling_layer" in inspect.signature(classes[family]).parameters:
-            options = {"add_pooling_layer": False}
-    else:
-        kind, classes = "decoder", transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    if family not in classes:
-        raise ValueError(
-            f"name: a {config.model_type} model is not an encoder, decoder or encoder-decoder of text"
-        )
-    return kind, classes[family], options
-
-
 def _with_head(model: PreTrainedModel, task: Task, seed: int) -> PreTrainedModel:
-    config, (kind, *_) = model.config, _architecture(model.config)
-    if task.kind == "text2text" and kind == "encoder-decoder":
-        return model  # its head is the one it has
-    if task.kind != "classification" or kind == "encoder-decoder":
-        raise NotImplementedError(
-            f"task: the {kind} {config.model_type} cannot be given the {task.kind} task {task.name!r}; "
-            "classification with an encoder or a decoder, text2text with an encoder-decoder, or task=None is "
-            "accepted"
-        )
-    config.id2label = dict(enumerate(task.labels))  # this sets num_labels, too
-    config.label2id = {label: index for index, label in enumerate(task.labels)}
+    config, (kind, *_) = model.config, architecture(model.config)
+    if not _needs_head(config, kind, task):
+        return model
+    _set_labels(config, task)
     with _seeded(seed), no_progress_bars():
         if kind == "encoder":
             return MeanPoolClassifier(config, model).to(model.dtype)
@@ -165,6 +168,24 @@ def _with_head(model: PreTrainedModel, task: Task, seed: int) -> PreTrainedModel
         return transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)].from_pretrained(
             None, config=config, state_dict=state | {"score.weight": score}, dtype=model.dtype
         )
+
+
+def _needs_head(config: PreTrainedConfig, kind: str, task: Task) -> bool:
+    """Raise NotImplementedError if the model cannot be given the task; does it need a new head for it?"""
+    if task.kind == "text2text" and kind == "encoder-decoder":
+        return False  # its head is the one it has
+    if task.kind != "classification" or kind == "encoder-decoder":
+        raise NotImplementedError(
+            f"task: the {kind} {config.model_type} cannot be given the {task.kind} task {task.name!r}; "
+            "classification with an encoder or a decoder, text2text with an encoder-decoder, or task=None is "
+            "accepted"
+        )
+    return True
+
+
+def _set_labels(config: PreTrainedConfig, task: Task) -> None:
+    config.id2label = dict(enumerate(task.labels))  # this sets num_labels, too
+    config.label2id = {label: index for index, label in enumerate(task.labels)}
 
 
 def _minilm(seed: int, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -205,17 +226,14 @@ def _tiny_t5(
 def _hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        _, model_class, options = _architecture(config)
+        _, model_class, options = architecture(config)
         with no_progress_bars():
             model = model_class.from_pretrained(
                 name, config=config, dtype=dtype, use_safetensors=True, **options
             )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise OSError(
-            f"name: {name!r} could not be loaded ({reason}); offline, these can: {', '.join(_NAMED)}"
-        ) from error
+        raise unreachable(name, error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
@@ -223,34 +241,9 @@ def _hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedToke
     return model, tokenizer
 
 
-# Byte tokens need no file: 0 is padding, 1 the end, 2 unknown, and byte b is b + 3.
-_IDS = dict(vocab_size=384, pad_token_id=0, bos_token_id=1, eos_token_id=1)
-# At d = 32 the usual standard deviation of 0.02 gives nearly constant outputs: a test would see nothing.
-_SIZE = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, max_position_embeddings=256)
-_BASE = _IDS | _SIZE | dict(initializer_range=0.1)
-_T5 = _IDS | dict(d_model=32, d_kv=8, num_heads=4, num_layers=2, d_ff=64, decoder_start_token_id=0)
-_BART = _BASE | dict(decoder_layers=2, decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64)
-_TINY = {  # dropout is 0.1 by default, except where it is given here
-    "tiny-bert": _BASE | dict(model_type="bert", intermediate_size=64),
-    # RoBERTa counts positions from pad_token_id + 1.
-    "tiny-roberta": _BASE | dict(model_type="roberta", intermediate_size=64, max_position_embeddings=257),
-    "tiny-distilbert": _BASE | dict(model_type="distilbert", hidden_dim=64),
-    "tiny-gpt2": _BASE | dict(model_type="gpt2", n_inner=64),
-    # Two heads share a key and a value, as three do in smollm2.
-    "tiny-llama": _BASE
-    | dict(model_type="llama", intermediate_size=64, num_key_value_heads=2, attention_dropout=0.1),
-    # A new T5 always has a tied head; False only leaves the head's input unscaled, as in T5 v1.1.
-    "tiny-t5-random": _T5 | dict(model_type="t5", feed_forward_proj="gated-gelu", tie_word_embeddings=False),
-    "tiny-t5v1-random": _T5 | dict(model_type="t5", feed_forward_proj="relu"),
-    "tiny-bart": _BART
-    | dict(model_type="bart", init_std=0.1, attention_dropout=0.1)
-    | dict(decoder_start_token_id=1, forced_eos_token_id=1),
-}
-
-
 def _tiny(name: str, seed: int, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    config = AutoConfig.for_model(**_TINY[name])
-    _, model_class, options = _architecture(config)
+    config = AutoConfig.for_model(**TINY[name])
+    _, model_class, options = architecture(config)
     with _seeded(seed):
         model = model_class(config, **options)
     return model.to(dtype), transformers.ByT5Tokenizer(model_max_length=256)
@@ -259,7 +252,7 @@ def _tiny(name: str, seed: int, dtype: torch.dtype) -> tuple[PreTrainedModel, Pr
 _NAMED = (
     {"minilm": _minilm, "smollm2": _smollm2, "tiny-t5": _tiny_t5}
     | {"tiny-t5-untrained": functools.partial(_tiny_t5, untrained=True)}
-    | {name: functools.partial(_tiny, name) for name in _TINY}
+    | {name: functools.partial(_tiny, name) for name in TINY}
 )
 
 

