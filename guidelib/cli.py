@@ -66,12 +66,16 @@ def pretrain(
 
 @app.command()
 def benchmark(pairs: Annotated[int, typer.Option(help="turns to take")] = 15) -> None:
-    """Print the step time of each method as a ratio to full fine-tuning, on this machine."""
-    from guidelib.costs.benchmark import step_ratios
+    """Print what each method takes on this machine: a training step as a ratio to full fine-tuning, and one
+    text at inference as a ratio to the base.  Medians of paired ratios, with their 95 % intervals."""
+    from guidelib.costs.benchmark import latency_ratios, step_ratios
 
-    for row in step_ratios(pairs=pairs):
-        low, high = row["quartiles"]
-        typer.echo(f"{row['method']:26s} {row['median']:.2f}   [{low:.2f} to {high:.2f}]")
+    typer.echo("a training step, 16 x 64 tokens, of full fine-tuning")
+    for label, ratio in step_ratios(pairs=pairs).items():
+        typer.echo(f"  {label:26s} {ratio}")
+    typer.echo("a forward pass, 1 x 16 tokens, of the base     attached              merged")
+    for label, (attached, merged) in latency_ratios(pairs=4 * pairs).items():
+        typer.echo(f"  {label:44s} {attached}     {merged or 'cannot be merged'}")
 
 
 if __name__ == "__main__":

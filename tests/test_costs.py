@@ -23,8 +23,9 @@ from guidelib import costs
 from guidelib.core.method import Sum
 from guidelib.costs import closed_form
 from guidelib.materials.backbones import MeanPoolClassifier
+from guidelib.reparametrization import nf4
 
-METHODS = {
+METHODS = {  # without what a method adds to the loss, which is not in the closed form
     "full": gl.FullFineTuning(),
     "head": gl.HeadOnly(),
     "lora q, v": gl.LoRA(r=4),
@@ -43,12 +44,12 @@ METHODS = {
     "parallel": gl.ParallelAdapter(r=4),
     "parallel to both": gl.ParallelAdapter(r=4, sublayers=("self", "ffn"), scale="learned"),
     "adapter drop": gl.AdapterDrop(gl.Adapter(r=3, activation="silu"), drop=1),
-    "adamix": gl.AdaMix(r=4),
-    "fusion": gl.AdapterFusion(3, gl.PfeifferAdapter(r=4)),
-    "fusion of gelu": gl.AdapterFusion(2, gl.PfeifferAdapter(r=3, activation="gelu")),
-    "fusion of identity": gl.AdapterFusion(2, gl.PfeifferAdapter(r=3, activation="identity")),
-    "fusion with the norm": gl.AdapterFusion(2, gl.PfeifferAdapter(r=4, original_norm=True)),
-    "fusion above lora": gl.LoRA(r=2) + gl.AdapterFusion(2, gl.PfeifferAdapter(r=4)),
+    "adamix": gl.AdaMix(r=4, consistency=0),
+    "fusion": gl.AdapterFusion(3, gl.PfeifferAdapter(r=4), 0),
+    "fusion of gelu": gl.AdapterFusion(2, gl.PfeifferAdapter(r=3, activation="gelu"), 0),
+    "fusion of identity": gl.AdapterFusion(2, gl.PfeifferAdapter(r=3, activation="identity"), 0),
+    "fusion with the norm": gl.AdapterFusion(2, gl.PfeifferAdapter(r=4, original_norm=True), 0),
+    "fusion above lora": gl.LoRA(r=2) + gl.AdapterFusion(2, gl.PfeifferAdapter(r=4), 0),
     "adapters at one place": gl.Adapter(r=3) + gl.ParallelAdapter(r=2) + gl.PfeifferAdapter(r=2),
     "adapter and lora": gl.ParallelAdapter(r=3, sublayers="self") + gl.LoRA(r=2, targets="all"),
 }
@@ -185,11 +186,33 @@ def test_no_more_than_peft_needs(backbone, targets, pattern):
         assert 0 < ours <= other
 
 
-def test_what_has_no_closed_form_is_measured_alone():
+def test_what_a_method_adds_to_the_loss_is_in_the_costs():
+    """AdaMix runs the model twice, AdaLoRA multiplies its factors with themselves."""
+
+    def step(method):
+        model = build("tiny-bert", dtype=torch.float32)
+        gl.attach(model, method)
+        return gl.measure(model, batch("tiny-bert"))
+
+    once, twice = step(gl.AdaMix(r=4, consistency=0)), step(gl.AdaMix(r=4))
+    assert (twice.forward_flops, twice.backward_flops) == (2 * once.forward_flops, 2 * once.backward_flops)
+    assert 2 * once.saved_bytes < twice.saved_bytes < 2.1 * once.saved_bytes
+    plain, penalised = step(gl.AdaLoRA(r=3, target_r=2, gamma=0)), step(gl.AdaLoRA(r=3, target_r=2))
+    grams = 2 * (4 * (32 + 32) + (64 + 32) + (32 + 64)) * 2 * 3 * 3  # P' P and Q Q', layer by layer
+    assert penalised.forward_flops == plain.forward_flops + grams
+    assert penalised.backward_flops == plain.backward_flops + 2 * grams
+    assert penalised.saved_bytes > plain.saved_bytes and penalised.operations == plain.operations
+
+
+def test_what_a_method_draws_is_the_same_at_every_measurement():
     model = build("tiny-bert", dtype=torch.float32)
     gl.attach(model, gl.AdapterDrop(drop=1, random=True))
-    costs = gl.measure(model, batch("tiny-bert"))
-    assert costs.predicted is None and costs.saved_bytes > 0
+    found = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        found.add(gl.measure(model, batch("tiny-bert")))
+    assert len(found) == 1
+    assert closed_form.predict(model, batch("tiny-bert")) is None
 
 
 # the measurement itself
@@ -243,16 +266,18 @@ def test_the_numbers_do_not_depend_on_the_repeat_nor_on_the_mode(backbone):
     first = gl.measure(model, inputs)
     model.train()
     second = gl.measure(model, inputs)
-    assert first == second and first.kernels > 0
-    assert (first.predicted is None) == (backbone not in ("tiny-bert", "tiny-roberta"))
+    assert first == second and first.operations > 0
+    closed = closed_form.predict(model, inputs)
+    assert (closed is None) == (backbone not in ("tiny-bert", "tiny-roberta"))
+    assert closed is None or closed.saved_bytes == first.predicted.saved_bytes == first.saved_bytes
 
 
-def test_dropout_keeps_more_and_has_no_closed_form():
+def test_dropout_keeps_more():
     model, inputs = build("tiny-bert", dtype=torch.float32), batch("tiny-bert")
     gl.attach(model, gl.LoRA(r=2))
     without, with_dropout = gl.measure(model, inputs), gl.measure(model, inputs, dropout=True)
     assert with_dropout.saved_bytes > without.saved_bytes
-    assert with_dropout.predicted is None
+    assert with_dropout.predicted.saved_bytes == with_dropout.saved_bytes
 
 
 def test_a_known_graph_is_counted_by_hand():
@@ -272,14 +297,32 @@ def test_a_known_graph_is_counted_by_hand():
     assert costs.saved_bytes(model, inputs) == 4 * (5 * 8 + 5 * 4)
 
 
-def test_kernels_are_those_of_one_forward_pass():
-    model, inputs = build("tiny-bert", dtype=torch.float32), batch("tiny-bert")
-    base = costs.kernels(model, inputs)
+def test_operations_are_those_that_make_or_change_a_tensor():
+    class Model(torch.nn.Module):
+        config = BertConfig()
+
+        def __init__(self):
+            super().__init__()
+            self.linear, self.dropout = torch.nn.Linear(8, 4), torch.nn.Dropout(0.5)
+
+        def forward(self, x):
+            x = self.dropout(x).to(x.dtype).contiguous().view(5, 8).t().t()  # nothing
+            x = self.linear(x)
+            x[0] = 0  # a view, and one that is changed
+            x = x.relu_() + x.detach()
+            return torch.cat((x.to(torch.float64), x.t().contiguous().t().double()), dim=1).chunk(2)
+
+    # linear, fill, relu and +; the cast, the copy and its cast; and cat
+    assert costs.operations(Model(), {"x": torch.randn(5, 8)}) == 8
+
+
+@pytest.mark.parametrize(("backbone", "each"), [("tiny-bert", 4), ("tiny-llama", 4), ("tiny-gpt2", 5)])
+def test_lora_adds_two_products_a_scale_and_a_sum(backbone, each):
+    """And where three maps are one layer, the copy that puts their outputs together again."""
+    model, inputs = build(backbone, dtype=torch.float32), batch(backbone)
+    base = costs.operations(model, inputs)
     attachment = gl.attach(model, gl.LoRA(r=2))
-    added = costs.kernels(model, inputs) - base
-    assert 0 < added <= 6 * len(attachment.parts)
-    attachment.merge()
-    assert costs.kernels(model, inputs) == base
+    assert costs.operations(model, inputs) == base + each * len(attachment.parts)
 
 
 def test_gradient_and_optimizer_bytes_are_what_torch_holds():
@@ -294,8 +337,8 @@ def test_gradient_and_optimizer_bytes_are_what_torch_holds():
         optimizer.step()
         moments = [t for state in optimizer.state.values() for name, t in state.items() if name != "step"]
         assert len(moments) == 2 * len(trained)
-        assert measured.gradient_bytes == gradients
-        assert measured.optimizer_bytes == sum(t.numel() * t.element_size() for t in moments)
+        assert measured.memory.gradients == gradients
+        assert measured.memory.optimizer == sum(t.numel() * t.element_size() for t in moments)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -316,11 +359,8 @@ def test_a_model_without_a_method_can_be_measured():
     gl.attach(model, gl.FullFineTuning())
     full = gl.measure(model, inputs)
     assert plain.count is None and full.count is not None
-    assert (plain.saved_bytes, plain.forward_flops, plain.backward_flops, plain.gradient_bytes) == (
-        *(full.saved_bytes, full.forward_flops, full.backward_flops),
-        full.gradient_bytes,
-    )
-    assert plain.predicted == full.predicted
+    assert (plain.memory, plain.predicted) == (full.memory, full.predicted)
+    assert (plain.forward_flops, plain.backward_flops) == (full.forward_flops, full.backward_flops)
 
 
 def test_nothing_to_train_is_an_error():
@@ -342,21 +382,22 @@ def test_without_labels_the_first_output_stands_in_for_the_loss():
 
 
 @pytest.mark.parametrize("method", ["full", "lora all"])
-def test_checkpointing_keeps_less_computes_more_and_has_no_closed_form(method):
+def test_checkpointing_keeps_less_and_computes_more(method):
     model, inputs = build("tiny-bert", dtype=torch.float32), batch("tiny-bert", rows=8, length=32)
     gl.attach(model, METHODS[method])
     before = gl.measure(model, inputs)
     model.activation_checkpointing_enable()
     model.disable_input_require_grads()  # enabling asks the embeddings' output for a gradient
     after = gl.measure(model, inputs)
-    assert before.predicted is not None and after.predicted is None
+    assert closed_form.predict(model, inputs) is None
     assert after.saved_bytes < 0.5 * before.saved_bytes
     assert after.forward_flops == before.forward_flops
     assert before.backward_flops < after.backward_flops <= before.backward_flops + before.forward_flops
     model.activation_checkpointing_disable()
     assert gl.measure(model, inputs) == before
+    assert closed_form.predict(model, inputs) is not None
     model.enable_input_require_grads()
-    assert gl.measure(model, inputs).predicted is None
+    assert closed_form.predict(model, inputs) is None
 
 
 def test_other_models_have_no_closed_form():
@@ -445,7 +486,12 @@ def test_the_plan_agrees_with_the_measurement():
         randomise(attachment)
         measured, count = gl.measure(model, inputs), attachment.count()
         plan = gl.memory_plan(count.total, count.trainable, activations=measured.saved_bytes)
-        assert (plan.gradients, plan.optimizer) == (measured.gradient_bytes, measured.optimizer_bytes)
+        assert (plan.gradients, plan.optimizer) == (measured.memory.gradients, measured.memory.optimizer)
+        assert plan.activations == measured.memory.activations
+        # a plan knows neither buffers nor what a method adds
+        added = sum(t.nbytes for part in attachment.parts for t in (*part.parameters(), *part.buffers()))
+        rest = sum(b.nbytes for name, b in model.named_buffers() if not name.startswith("guidelib."))
+        assert measured.memory.weights == plan.weights + added + rest
         attachment.detach()
 
 
@@ -466,11 +512,24 @@ def test_measuring_leaves_no_memory_behind():
     assert living() == before
 
 
-def test_16_bit_models_are_measured_and_not_predicted():
-    model = build("tiny-bert", dtype=torch.bfloat16)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_16_bit_models_have_no_closed_form_and_are_predicted_on_shapes(backbone):
+    model = build(backbone, dtype=torch.bfloat16)
     gl.attach(model, gl.LoRA(r=2))
-    measured = gl.measure(model, batch("tiny-bert"))
-    assert measured.predicted is None and measured.saved_bytes > 0
+    measured = gl.measure(model, batch(backbone))
+    assert closed_form.predict(model, batch(backbone)) is None
+    assert 0 < measured.saved_bytes == measured.predicted.saved_bytes
+
+
+def test_weights_are_counted_where_they_are():
+    """Once where they are shared, and of a base that NF4 has let go only the codes."""
+    model, inputs = build("tiny-gpt2", dtype=torch.float32), batch("tiny-gpt2")
+    attachment = gl.attach(model, gl.NF4() + gl.LoRA(r=2))
+    weights = gl.measure(model, inputs).memory.weights
+    assert weights == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    freed = nf4.release(model)
+    layers = len({part.site.module for part in attachment.parts if isinstance(part, nf4.NF4Part)})
+    assert gl.measure(model, inputs).memory.weights == weights - freed + 4 * layers  # a number for each
 
 
 def test_operations_are_those_of_a_real_backward_pass():

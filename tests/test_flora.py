@@ -172,7 +172,7 @@ def test_the_adapter_in_use_is_the_one_that_merges(backbone, form):
         acting = outputs(model, inputs)
         attachment.merge()
     assert (outputs(model, inputs) - acting).abs().max() < 1e-12
-    assert costs.kernels(model, inputs) == costs.kernels(build(backbone), inputs)
+    assert costs.operations(model, inputs) == costs.operations(build(backbone), inputs)
     attachment.unmerge()
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     first = outputs(model, inputs)

@@ -88,11 +88,11 @@ def test_a_missing_dependency_is_not_taken_for_a_missing_name():
     """Where torch is not installed, ``guidelib.costs`` says that, and not that guidelib has no costs."""
     code = """
 import sys, json
-sys.modules["safetensors"] = None  # as if it were not installed
+sys.modules["torch"] = None  # as if it were not installed
 import guidelib
 try:
     guidelib.costs
 except Exception as error:
-    print(json.dumps([type(error).__name__, "safetensors" in str(error)]))
+    print(json.dumps([type(error).__name__, "torch" in str(error)]))
 """
     assert fresh(code) == ["ModuleNotFoundError", True]

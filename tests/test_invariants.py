@@ -31,6 +31,7 @@ from guidelib.core.method import _within
 from guidelib.core.points import passes
 from guidelib.core.points.weight_delta import DeltaPart
 from guidelib.core.points.weight_space import WeightSpacePart
+from guidelib.costs.step import count_step
 
 CASES = [
     (case, backbone)
@@ -131,10 +132,11 @@ def test_2_merge_is_exact_and_unmerge_restores_the_bits(attached):
         return
     acting, weights = outputs(model, inputs), copy.deepcopy(model.state_dict())
     assert (acting - before).abs().max() > 1e-6  # or the rest would say nothing
-    base_kernels = gl.costs.kernels(build(backbone), inputs)
+    base = gl.costs.operations(build(backbone), inputs)
+    assert (gl.costs.operations(model, inputs) > base) == bool(attachment.parts)
     attachment.merge()
     assert (outputs(model, inputs) - acting).abs().max() < 1e-12
-    assert gl.costs.kernels(model, inputs) == base_kernels
+    assert gl.costs.operations(model, inputs) == base
     attachment.merge()  # a second time changes nothing
     assert (outputs(model, inputs) - acting).abs().max() < 1e-12
     attachment.unmerge()
@@ -234,6 +236,19 @@ def test_6_nothing_else_moves(attached):
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
     assert all(torch.equal(buffers[name], b) for name, b in model.named_buffers())
+
+
+@pytest.mark.parametrize(("name", "backbone"), CASES)
+def test_16_the_costs_are_predicted_without_the_weights(name, backbone):
+    method, inputs = METHOD_CASES[name].method, batch(backbone)
+    predicted = gl.predict(backbone, method, batch=3, length=9, target_length=5, padded=True)
+    model = build(backbone, dtype=torch.float32)
+    attachment = gl.attach(model, method)
+    if backbone == BACKBONES[0]:
+        assert predicted == gl.measure(model, inputs)
+    else:  # without the prediction that measure makes besides
+        assert predicted.predicted == count_step(model, inputs)
+        assert predicted.count == attachment.count()
 
 
 def test_8_what_stands_under_the_padding_does_not_matter(attached):

@@ -317,7 +317,7 @@ def test_bytes_and_operations_are_those_of_lora(name, padded):
         model, lora = build("tiny-bert", dtype=torch.float32), gl.LoRA(**arguments).on(layers=layers)
         gl.attach(model, lora if base is None else base + lora)
         measured.append((costs.saved_bytes(model, inputs), *costs.flops(model, inputs)))
-    predicted = gl.measure(model, inputs).predicted
+    predicted = gl.closed_form.predict(model, inputs)
     assert measured[0] == measured[1]
     assert measured[0] == (predicted.saved_bytes, predicted.forward_flops, predicted.backward_flops)
 
@@ -434,7 +434,7 @@ def test_release_frees_the_base_weights_and_the_method_goes_on(backbone):
     attachment.merge()
     merged = outputs(model, inputs)
     assert (merged - trained).abs().max() < 1e-12
-    assert costs.kernels(model, inputs) == costs.kernels(build(backbone), inputs)
+    assert costs.operations(model, inputs) == costs.operations(build(backbone), inputs)
     with pytest.raises(ValueError, match="model must be unmerged"):
         nf4.release(model)
     attachment.unmerge()

@@ -17,7 +17,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import guidelib as gl
-import guidelib.costs.measure as costs
+from guidelib import costs
+from guidelib.costs.step import prepared, step_loss
 from guidelib.training.recompute import keep_less
 
 CASES = [
@@ -82,8 +83,8 @@ class Living(TorchDispatchMode):
 def living_bytes(model, inputs, less):
     """What saved_bytes counts, found without looking at what autograd is given to keep."""
     there = [*model.parameters(), *model.buffers(), *inputs.values()]
-    with costs._step(model), Living() as living, keep_less() if less else nullcontext():
-        loss = costs._loss(model, inputs)
+    with prepared(model, inputs), Living() as living, keep_less() if less else nullcontext():
+        loss = step_loss(model, inputs)
     return living.nbytes([*there, loss])
 
 
@@ -155,11 +156,11 @@ def test_below_what_is_trained_nothing_is_kept_nor_recomputed(method, gelus, nor
     *_, (_, _, last) = gl.anatomy.Anatomy(model).blocks()
     there = [*model.parameters(), *model.buffers(), *inputs.values()]
     below = []
-    with costs._step(model):
+    with prepared(model, inputs):
         for less in (False, True):
             with Living() as living, keep_less() if less else nullcontext():
                 handle = last.register_forward_pre_hook(lambda *_: below.append(living.nbytes(there)))  # noqa: B023
-                loss = costs._loss(model, inputs)
+                loss = step_loss(model, inputs)
             handle.remove()
     assert below[1] <= below[0]
     with Living() as living:
@@ -197,7 +198,7 @@ def test_measure_has_the_option():
     model, inputs = build("tiny-bert", dtype=torch.float32), batch("tiny-bert")
     gl.attach(model, gl.LoRA(r=2, targets="all"))
     without, less = gl.measure(model, inputs), gl.measure(model, inputs, keep_less=True)
-    assert less.saved_bytes < 0.8 * without.saved_bytes and less.predicted is None
+    assert less.predicted.saved_bytes == less.saved_bytes < 0.8 * without.saved_bytes
     assert (less.forward_flops, less.backward_flops) == (without.forward_flops, without.backward_flops)
     with_dropout = gl.measure(model, inputs, dropout=True, keep_less=True).saved_bytes
     assert less.saved_bytes < with_dropout < gl.measure(model, inputs, dropout=True).saved_bytes
@@ -263,8 +264,8 @@ def test_tensors_are_freed_while_the_backward_pass_runs():
     first, last = (next(iter(part.parameters())) for part in (gl.attached(model).parts[i] for i in (0, -1)))
     alive = []
     for less in (False, True):
-        with costs._step(model), Living() as living, keep_less() if less else nullcontext():
-            loss = costs._loss(model, inputs)
+        with prepared(model, inputs), Living() as living, keep_less() if less else nullcontext():
+            loss = step_loss(model, inputs)
         there = [*model.parameters(), *model.buffers(), *inputs.values()]
         handles = [p.register_hook(lambda _: alive.append(living.nbytes(there))) for p in (last, first)]  # noqa: B023
         loss.backward()

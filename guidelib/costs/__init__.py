@@ -1,5 +1,16 @@
 """What a method costs: bytes, operations and times."""
 
-from guidelib.costs.measure import Costs, MemoryPlan, flops, kernels, memory_plan, saved_bytes
+from guidelib.costs.measure import Costs
+from guidelib.costs.plan import MemoryPlan, memory_plan
+from guidelib.costs.step import Step, flops, kernels, operations, saved_bytes
 
-__all__ = ["Costs", "MemoryPlan", "flops", "kernels", "memory_plan", "saved_bytes"]
+__all__ = [
+    "Costs",
+    "MemoryPlan",
+    "Step",
+    "flops",
+    "kernels",
+    "memory_plan",
+    "operations",
+    "saved_bytes",
+]

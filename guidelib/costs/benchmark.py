@@ -1,19 +1,25 @@
-"""Step times of methods as ratios.  Times depend on the machine, so nothing tests or stores them: a command
-prints them.
+"""Times of methods as ratios.  Times depend on the machine, so nothing tests or stores them: a command prints
+them.
 
-The methods take turns, step by step, and each step is divided by the full fine-tuning step beside it.  A
-machine that slows down for a while slows both.
+The runs that are compared take turns, and each is divided by the reference beside it.  A machine that slows
+down for a while slows both.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from scipy import stats
 
+from guidelib.additive.adapters.bottleneck import PfeifferAdapter
 from guidelib.core.attaching import attach
 from guidelib.core.method import Method, expect
+from guidelib.machine import device
 from guidelib.materials.backbones import load_backbone
 from guidelib.reparametrization.adalora import AdaLoRA
 from guidelib.reparametrization.dora import DoRA
@@ -33,42 +39,107 @@ METHODS: dict[str, Method] = {
     "AdaLoRA r=8 on q, v": AdaLoRA(r=8, targets=("q", "v")),
     "KronA on q, v": KronA(),
     "NF4 with LoRA on q, v": NF4() + LoRA(r=8),
+    "Pfeiffer adapter r=24": PfeifferAdapter(r=24),
 }
 
 
-def step_ratios(backbone: str = "minilm", *, pairs: int = 15, rows: int = 16, length: int = 64) -> list[dict]:
-    """Forward, backward and AdamW step of each method over that of full fine-tuning, on ``rows`` x
-    ``length`` tokens.
+@dataclass(frozen=True)
+class Ratio:
+    """The median over all pairs, and an interval that holds the true median with 95 % (from order
+    statistics, so no distribution is assumed)."""
 
-    Returns a row per method: the median ratio and the quartiles over ``pairs`` turns.
-    """
-    expect(pairs >= 3, "pairs", pairs, "at least 3")
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def ratio(seconds: list[float], reference: list[float]) -> Ratio:
+    """Of times over those of the reference that they are paired with, at least 6 of them."""
+    quotients = np.array(seconds) / np.array(reference)
+    interval = stats.quantile_test(quotients, p=0.5).confidence_interval(0.95)
+    return Ratio(float(np.median(quotients)), float(interval.low), float(interval.high))
+
+
+def step_ratios(
+    backbone: str = "minilm", *, pairs: int = 15, rows: int = 16, length: int = 64
+) -> dict[str, Ratio]:
+    """Forward, backward and AdamW step of each method over that of full fine-tuning, on ``rows`` x
+    ``length`` tokens."""
+    batch = _batch(rows, length)
+    times = take_turns({label: _step(backbone, method, batch) for label, method in METHODS.items()}, pairs)
+    return {label: ratio(seconds, times["full fine-tuning"]) for label, seconds in times.items()}
+
+
+def latency_ratios(
+    backbone: str = "minilm", *, pairs: int = 60, length: int = 16
+) -> dict[str, tuple[Ratio, Ratio | None]]:
+    """One forward pass on a single text of ``length`` tokens over that of the base: with the method attached,
+    and with it merged, None where it cannot be.  A method without parts leaves the base as it was."""
+    batch = _batch(1, length)
+    del batch["labels"]
+    base, result = _model(backbone), {}
+    for label, method in METHODS.items():
+        model = _model(backbone)
+        attachment = attach(model, method)
+        if not attachment.parts:
+            continue
+        runs = {"base": _inference(base, batch), "method": _inference(model, batch)}
+        attached, merged = _ratio_of(take_turns(runs, pairs)), None
+        if attachment.mergeable:
+            attachment.merge()
+            merged = _ratio_of(take_turns(runs, pairs))
+        result[label] = attached, merged
+    return result
+
+
+def take_turns(runs: dict[str, Callable[[], Any]], pairs: int) -> dict[str, list[float]]:
+    """Seconds of every run in each of ``pairs`` turns."""
+    expect(isinstance(pairs, int) and pairs >= 6, "pairs", pairs, "a whole number of at least 6")
+    times = {label: [] for label in runs}
+    for turn in range(pairs + 1):
+        for label, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn:  # the first one warms up
+                times[label].append(time.perf_counter() - start)
+    return times
+
+
+def _ratio_of(times: dict[str, list[float]]) -> Ratio:
+    return ratio(times["method"], times["base"])
+
+
+def _batch(rows: int, length: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     batch = {
-        "input_ids": torch.randint(1000, 2000, (rows, length), generator=generator),
+        "input_ids": torch.randint(3, 259, (rows, length), generator=generator),
         "attention_mask": torch.ones(rows, length, dtype=torch.long),
         "labels": torch.arange(rows) % 2,
     }
-    runs = {}
-    for label, method in METHODS.items():
-        model, _ = load_backbone(backbone, task="movie-reviews")
-        attach(model, method)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        runs[label] = model.train(), torch.optim.AdamW(trained)
-    times = {label: [] for label in runs}
-    for turn in range(pairs + 1):
-        for label, (model, optimizer) in runs.items():
-            start = time.perf_counter()
-            model(**batch).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if turn:  # the first one warms up
-                times[label].append(time.perf_counter() - start)
-    reference = times["full fine-tuning"]
-    result = []
-    for label, seconds in times.items():
-        low, middle, high = statistics.quantiles(
-            [a / b for a, b in zip(seconds, reference, strict=True)], n=4
-        )
-        result.append({"method": label, "median": middle, "quartiles": (low, high)})
-    return result
+    return {name: tensor.to(device()) for name, tensor in batch.items()}
+
+
+def _model(backbone: str) -> torch.nn.Module:
+    return load_backbone(backbone, task="movie-reviews")[0].to(device())
+
+
+def _step(backbone: str, method: Method, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
+    model = _model(backbone).train()
+    attach(model, method)
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+
+    def run() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def _inference(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], Any]:
+    return torch.inference_mode()(lambda: model(**batch))

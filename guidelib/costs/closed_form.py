@@ -7,8 +7,9 @@ A step is walked through once, operation by operation, with two rules of autogra
   passed through: for that its weight is enough, and the weight is there anyway.
 
 The tensors kept are collected by name, so one that two operations need counts once.  Written for BERT-like
-encoders with the mean-pool head; the tests hold it equal to the measurement, to the byte and to the
-operation.
+encoders with the mean-pool head, and for the model's own loss, without what a method adds to it; the tests
+hold it equal to the measurement, to the byte and to the operation.  `predict` in predict.py says as much of
+any model by running the step on shapes, and explains nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ COVERED = ("bert", "roberta", "xlm-roberta", "camembert")
 
 @dataclass(frozen=True)
 class Prediction:
-    """saved_bytes, forward_flops and backward_flops as costs.measure defines them; kept: bytes by tensor
+    """saved_bytes, forward_flops and backward_flops as `Step` defines them; kept: bytes by tensor
     name."""
 
     saved_bytes: int
