@@ -130,7 +130,7 @@ class Attachment:
         self._selected = selected
         self._originals = {name: parameters[name].detach().clone() for name in sorted(selected | rewritten)}
         gradients = {name: p.grad for name, p in parameters.items()}
-        self._kept: dict[nn.Parameter, torch.Tensor] = {}  # of a merge: what stood there
+        self._kept: dict[str, torch.Tensor] = {}  # of a merge: what stood there, by the parameter's name
         added = Added()
         added.attachment = self
         added.train(model.training)
@@ -236,12 +236,15 @@ class Attachment:
 
     def _keep(self, parameter: nn.Parameter) -> None:
         """Called before a merge writes to ``parameter``."""
-        if parameter not in self._kept:
-            self._kept[parameter] = copied(parameter)
+        # by name, since accelerate exchanges the objects when it offloads
+        name = next(name for name, p in self.model.named_parameters() if p is parameter)
+        if name not in self._kept:
+            self._kept[name] = copied(parameter)
 
     def _unmerge_weights(self) -> None:
-        for parameter, kept in self._kept.items():
-            put(parameter, kept)
+        parameters = dict(self.model.named_parameters())
+        for name, kept in self._kept.items():
+            put(parameters[name], kept)
 
     # The next two lead to their end from wherever they, or a merge, have got to, so that one that was
     # interrupted is done again.

@@ -135,6 +135,12 @@ class Call:
         return type(self.layer).forward(self.layer, *args, **kwargs)
 
 
+def stock(module: nn.Module, forward: Callable | None) -> bool:
+    """Whether ``forward``, an attribute of ``module`` or None, is its class's own all the same; accelerate
+    leaves such a one behind."""
+    return forward is None or getattr(forward, "__func__", None) is type(module).forward
+
+
 class Detour:
     """The forward of one module with functions around it, the first outermost.
 
@@ -153,7 +159,8 @@ class Detour:
         return taken if isinstance(taken, Detour) else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return Call(self.module, self.module, self.around, self.own)(*args, **kwargs)
+        own = None if stock(self.module, self.own) else self.own
+        return Call(self.module, self.module, self.around, own)(*args, **kwargs)
 
     def add(self, function: Callable) -> None:
         self.around = (*self.around, function)

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from guidelib.core.anatomy import computes, expect_numbers
-from guidelib.core.method import Method, expect
+from guidelib.core.method import Method
 from guidelib.core.points.part import Part, Place, put, where
-from guidelib.core.points.passes import Call, Detour, twin
+from guidelib.core.points.passes import Call, Detour, stock, twin
 
 
 class WeightSpacePart(Part):
@@ -54,18 +54,24 @@ class WeightSpacePart(Part):
         raise NotImplementedError
 
     @property
+    def present(self) -> dict[str, nn.Parameter]:
+        """The parameters by name, as the layers hold them now: accelerate exchanges the objects when it
+        offloads."""
+        owners = self._owners.items()
+        return {name: m._parameters[attribute] for m, owned in owners for attribute, name in owned.items()}
+
+    @property
     def places(self) -> dict[Place, int]:
-        return {where(p): 0 if p.requires_grad else p.numel() for p in self.replaced.values()}
+        return {where(p): 0 if p.requires_grad else p.numel() for p in self.present.values()}
 
     def plug(self) -> None:
         for module, owned in self._owners.items():
             own = vars(module).get("forward") if Detour.of(module) is None else Detour.of(module).own
-            expect(
-                own is None,
-                "model",
-                f"one whose {next(iter(owned.values()))} serves a forward of its own ({own!r})",
-                f"one whose layers have their class's forward, which {self.name} gives other parameters",
-            )
+            if not stock(module, own):
+                raise TypeError(
+                    f"model: the layer of {min(owned.values())!r} has a forward that was replaced by another "
+                    f"function; {self.name} accepts layers with their class's own"
+                )
             self.around(module, self._forward)
 
     def _forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
@@ -81,7 +87,7 @@ class WeightSpacePart(Part):
 
     @torch.no_grad()
     def merge(self, keep: Callable[[nn.Parameter], None]) -> None:
-        for name, parameter in self.replaced.items():
+        for name, parameter in self.present.items():
             value = self.effective(name, parameter)
             keep(parameter)
             put(parameter, value)
