@@ -623,7 +623,7 @@ def test_a_failure_while_saving_leaves_no_half_file(bert, tmp_path, monkeypatch,
         target.write_bytes(b"half a fi")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("guidelib.core.attaching.save_file", full_disk)
+    monkeypatch.setattr("guidelib.core.files.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         attachment.save(path)
     assert list(tmp_path.iterdir()) == ([path] if existing else [])

@@ -6,28 +6,24 @@ counts, merges, saves and takes the method away again.  ``load`` does so from a 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from guidelib.core.anatomy import ADDED, Anatomy, expect_weights
+from guidelib.core.files import FORMAT, fingerprint, read, write
 from guidelib.core.method import Method, Spec
 from guidelib.core.points.part import Part, copied, put
 from guidelib.core.values import has_values, mode_of
 
-FORMAT = "guidelib 1"
 CARRIED = "_guidelib_attachment"  # of every module of the model: the attachment that it belongs to
 
 
@@ -123,7 +119,7 @@ class Attachment:
     ):
         self.model, self.method, self.anatomy = model, method, anatomy
         self.merged = False
-        self._base = _fingerprint(anatomy)
+        self._base = fingerprint(anatomy)
         self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
         self._layers = _layers(model)
         parameters = dict(model.named_parameters())
@@ -325,22 +321,13 @@ class Attachment:
         The file appears whole or not at all.  Raises FileNotFoundError if the folder is missing.
         """
         self._check_attached()
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"path: the folder {str(path.parent)!r} does not exist; make it first")
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-            temporary = Path(file.name)
         merged = self.merged
         self.unmerge()  # or base weights that the file holds would have the method's effect in them as well
         try:
-            save_file({name: t.contiguous() for name, t in self.state().items()}, temporary, self.metadata())
-            temporary.chmod(0o644)  # a temporary file is its owner's alone, an adapter is to be shared
-            temporary.replace(path)
+            return write(path, self.state(), self.metadata())
         finally:
-            temporary.unlink(missing_ok=True)
             if merged:
                 self.merge()
-        return path
 
 
 class Added(nn.ModuleDict):
@@ -426,38 +413,6 @@ def load(model: PreTrainedModel, path: str | os.PathLike, *, any_weights: bool =
     return attachment
 
 
-def read(
-    anatomy: Anatomy, path: str | os.PathLike, *, any_weights: bool = False
-) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The method, as JSON, and the tensors of a file that belongs to the model of ``anatomy``.
-
-    Raises as ``load`` does.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"path: there is no file {str(path)!r}")
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        method, base = json.loads(metadata.get("method", "0")), json.loads(metadata.get("base", "0"))
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"path: {path.name!r} is damaged or no safetensors file ({error})") from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"path: {path.name!r} was not saved by guidelib (format {metadata.get('format')!r})")
-    mine = _fingerprint(anatomy)
-    if not isinstance(base, dict) or base.keys() != mine.keys():
-        raise ValueError(f"path: {path.name!r} is damaged: it does not say which backbone it belongs to")
-    for key, meaning in (("model_type", "architecture"), ("shapes", "shapes"), ("weights", "weights")):
-        if mine[key] != base[key] and not (key == "weights" and any_weights):
-            advice = "; any_weights=True loads it all the same" if key == "weights" else ""
-            raise ValueError(
-                f"path: {path.name!r} belongs to another backbone: its {meaning} {base[key]!r} differ from "
-                f"this model's {mine[key]!r}{advice}"
-            )
-    return method, tensors
-
-
 def _same_shape(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return a is not None and b is not None and a.shape == b.shape
 
@@ -469,26 +424,4 @@ def _layers(model: PreTrainedModel) -> dict[str, tuple[nn.Module, torch.Size]]:
         for name, module in model.named_modules()
         for attribute, parameter in module._parameters.items()
         if parameter is not None
-    }
-
-
-def _fingerprint(anatomy: Anatomy) -> dict[str, str]:
-    """What an adapter file says of its base: architecture, shapes, and a sample of the weights.
-
-    The task head is left out, since it differs per task; the sample is rounded to bfloat16, so that a base
-    loaded in 16 bits is recognised.  A model without values (see values.py) has an empty sample.
-    """
-    head = anatomy.head()
-    base = {name: p for name, p in anatomy.base_parameters().items() if name not in head}
-    shapes = json.dumps({name: tuple(p.shape) for name, p in base.items()}, sort_keys=True)
-    sample = hashlib.sha256()
-    for _, parameter in sorted(base.items()):
-        if has_values(parameter):
-            flat = parameter.detach().flatten()
-            few = flat[:: max(1, flat.numel() // 16)].to(torch.bfloat16).cpu()
-            sample.update(few.view(torch.int16).numpy().tobytes())
-    return {
-        "model_type": anatomy.kind,
-        "shapes": hashlib.sha256(shapes.encode()).hexdigest()[:16],
-        "weights": sample.hexdigest()[:16],
     }

@@ -26,7 +26,7 @@ from torch import nn
 
 from guidelib.additive.adapters.bottleneck import Bottleneck, PfeifferAdapter
 from guidelib.core.anatomy import Anatomy, Sublayer
-from guidelib.core.attaching import read
+from guidelib.core.files import read
 from guidelib.core.method import Attached, Method, expect
 from guidelib.core.points.part import Part
 from guidelib.core.points.sublayer import SublayerPart
