@@ -12,7 +12,8 @@ import safetensors
 import torch
 import torch.nn.functional as F
 from common import batch, build, outputs, predicted_and_measured, randomise
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from test_attachment import contents, store
 from test_lora import BERT_BASE, GPT3, T0_3B, T5_BASE
 from test_training import QUICK, TASK, TOKENIZER
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel
@@ -708,15 +709,13 @@ def test_fusion_in_training(trained):
 
 
 def damage(path, kind):
-    with safetensors.safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
+    tensors, metadata = contents(path)
     name = next(name for name in tensors if name.endswith("down.weight"))
     if kind == "missing":
         del tensors[name]
     else:
         tensors[name] = tensors[name][:2].contiguous()
-    save_file(tensors, path, metadata)
+    store(tensors, path, metadata)
 
 
 @pytest.mark.parametrize("kind", ["gone", "other method", "other backbone", "missing", "misshapen"])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
+import transformers
 from common import BACKBONES, batch, build, outputs
 from torch import nn
 from transformers import AutoConfig, AutoModel, ViTConfig, ViTModel
@@ -401,6 +404,39 @@ def test_the_head_is_what_a_task_starts_from_random_weights():
     assert (
         Anatomy(build("tiny-t5-random")).head() == {} and Anatomy(build("tiny-gpt2")).head() == {}
     )  # pretrained
+
+
+TASK_LAYERS = {"pre_classifier", "classifier", "score", "classification_head", "qa_outputs"}
+TASK_LAYERS |= {"sequence_summary", "multiple_choice_head"}
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_head_of_every_class_of_an_architecture(kind):
+    config = small(kind).config
+    bare = transformers.MODEL_MAPPING[type(config)]
+    ends = ("Classification", "Answering", "Choice", "DoubleHeadsModel")
+    classes = [
+        (name, c)
+        for name, c in vars(inspect.getmodule(bare)).items()
+        if name.startswith(bare.__name__.removesuffix("Model"))
+    ]
+    tasks = [c for name, c in classes if name.endswith(ends)]
+    pretrained = [
+        c for name, c in classes if name.endswith(("LM", "LMHeadModel", "Generation", "PreTraining"))
+    ]
+    assert len(tasks) >= 2 and pretrained
+    for tied in (True, False):
+        config.tie_word_embeddings = tied
+        for cls in tasks:
+            model = cls(config)
+            names = {n for n, _ in model.named_parameters() if n.split(".")[0] in TASK_LAYERS}
+            assert Anatomy(model).head().keys() == names != set(), cls
+        for cls in (bare, *pretrained):
+            assert Anatomy(cls(config)).head() == {}, cls
+    for cls in pretrained:  # and a layer more
+        model = type("Own", (cls,), {})(config)
+        model.fc = nn.Linear(4, 2)
+        assert {"fc.weight", "fc.bias"} <= Anatomy(model).head().keys(), cls
 
 
 def test_attentions():

@@ -280,21 +280,47 @@ def test_9_generation_is_the_same_with_and_without_cache(attached):
 
 
 def test_10_a_saved_method_acts_the_same_on_a_fresh_base(attached, tmp_path):
-    _, backbone, _, attachment = attached
+    """And so it does where torch's default type is another one, in which the method also starts the same."""
+    case, backbone, _, attachment = attached
     inputs = batch(backbone)
+    started = {name: tensor.clone() for name, tensor in attachment.state().items()}
     randomise(attachment)
     expected, state = outputs(attachment.model, inputs), attachment.state()
     path = attachment.save(tmp_path / "method.safetensors")
     fresh = build(backbone)
-    with torch.no_grad():
-        for parameter in gl.anatomy.Anatomy(fresh).head().values():
-            parameter.normal_()  # the file has to bring the head
-    torch.manual_seed(99)
-    loaded = gl.load(fresh, path)
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = gl.attach(fresh, case.method)
+        assert all(torch.equal(started[name], tensor) for name, tensor in again.state().items())
+        again.detach()
+        with torch.no_grad():
+            for parameter in gl.anatomy.Anatomy(fresh).head().values():
+                parameter.normal_()  # the file has to bring the head
+        torch.manual_seed(99)
+        loaded = gl.load(fresh, path)
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert loaded.method == attachment.method
     assert torch.equal(outputs(fresh, inputs), expected)
     assert all(torch.equal(state[name], tensor) for name, tensor in loaded.state().items())
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("name", "backbone"), CASES[::3])
+def test_10_a_file_loads_in_16_bits_and_back(name, backbone, tmp_path):
+    """The base is rounded twice, which gives other bits than rounding it once."""
+    attachment = gl.attach(build(backbone, dtype=torch.float32), METHOD_CASES[name].method)
+    randomise(attachment)
+    path, state = attachment.save(tmp_path / "method.safetensors"), attachment.state()
+    for dtypes in ((torch.float16, torch.bfloat16), (torch.float32,)):
+        model = build(backbone, dtype=torch.float32)
+        for dtype in dtypes:
+            model = model.to(dtype)
+        loaded = gl.load(model, path)
+        now = loaded.state()
+        assert now.keys() == state.keys()
+        assert all(torch.equal(now[name], tensor.to(now[name].dtype)) for name, tensor in state.items())
+        path, state = loaded.save(path), now
 
 
 def test_11_checkpointing_gives_the_same_gradients(attached):

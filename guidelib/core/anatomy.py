@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -19,9 +20,10 @@ from guidelib.core.architectures import (
     ARCHITECTURES,
     ATTENTION_ROLES,
     GROUPS,
-    HEADS,
+    LOADED,
     TARGET_NAMES,
     Stack,
+    is_pretrained,
 )
 
 Targets = str | Sequence[str]
@@ -298,14 +300,76 @@ class Anatomy:
     def head(self) -> dict[str, nn.Parameter]:
         """The parameters of the task head, by name: what a new task starts from random weights.
 
-        Empty for a bare backbone and for a language-model head, which is pretrained.
+        These are the task's own layers, and what else the checkpoint did not hold, so that transformers drew
+        it: a pooler, say.  What it drew within the blocks or for the tokens is not among them.
         """
-        return {
-            f"{child}.{name}": parameter
-            for child in HEADS
-            if hasattr(self.model, child)
-            for name, parameter in getattr(self.model, child).named_parameters()
-        }
+        names = self.task_head()
+        parameters = self.base_parameters() if names or self.drawn else {}
+        if self.drawn:
+            stacks = [_find(self.base, stack.blocks) for stack in self.stacks.values()]
+            inside = self._of_tokens() | {id(p) for stack in stacks for p in stack.parameters()}
+            names |= {name for name in self.drawn if id(parameters[name]) not in inside}
+        return {name: p for name, p in parameters.items() if name in names}
+
+    def task_head(self) -> set[str]:
+        """The names of the parameters of the task's own layers: what stands beside the backbone and a
+        language model's head.  Empty for a bare backbone and for a language model."""
+        if is_pretrained(self.model) or not self.stacks:
+            return set()
+        places = {self.embedding, self.model.get_output_embeddings()}
+        places |= {_find(self.base, stack.blocks) for stack in self.stacks.values()}
+        found = [*self.model.named_parameters(recurse=False)]
+        for name, child in self.model.named_children():
+            if name != ADDED and child is not self.base and not places & set(child.modules()):
+                found += child.named_parameters(name)
+        tied = self._of_tokens()
+        return {name for name, p in found if id(p) not in tied}
+
+    @cached_property
+    def drawn(self) -> frozenset[str]:
+        """The names of the parameters that were not loaded although others were: transformers drew them.
+
+        None for a model that was not loaded from a checkpoint at all, and for a copy of one.
+        """
+        parameters = self.base_parameters()
+        loaded = {name for name, p in parameters.items() if getattr(p, LOADED, False)}
+        rest = parameters.keys() - loaded if loaded else ()
+        return frozenset(n for n in rest if parameters[n].is_floating_point() and not parameters[n].is_meta)
+
+    def named(self, names: str | Iterable[str]) -> set[str]:
+        """The names of the parameters that ``names`` stand for: ``embedding`` (of the tokens), ``norms``,
+        ``biases``, or the beginning of a parameter's name, with the backbone's own name or without.
+
+        Raises TypeError for something else than names, ValueError for one that stands for nothing.
+        """
+        if not isinstance(names, Iterable):
+            raise TypeError(f"also must be a name or several of them, got {names!r}")
+        names = (names,) if isinstance(names, str) else tuple(names)
+        if not names:
+            return set()
+        groups = {"embedding": self.embedding.parameters()}
+        groups |= {"norms": self.norms().values(), "biases": self.biases().values()}
+        parameters, found = self.base_parameters(), set()
+        for name in names:
+            if name in groups:
+                ids = {id(p) for p in groups[name]}
+                chosen = {n for n, p in parameters.items() if id(p) in ids}
+            else:
+                start = f"{name}.".replace("..", ".")
+                starts = (start, f"{self.model.base_model_prefix}.{start}")
+                chosen = {n for n in parameters if f"{n}.".startswith(starts)}
+            if not chosen:
+                raise ValueError(
+                    f"also: {name!r} is nothing in this {self.kind} model; accepted are {', '.join(groups)}, "
+                    f"or the beginning of a parameter's name, such as {next(iter(parameters))!r}"
+                )
+            found |= chosen
+        return found
+
+    def _of_tokens(self) -> set[int]:
+        """The ids of the tables with a row for each token: of the input, and of a language model's output."""
+        tables = (self.embedding, self.model.get_output_embeddings())
+        return {id(table.weight) for table in tables if table is not None}
 
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter of the model itself, by name, without what guidelib added."""

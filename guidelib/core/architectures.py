@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import transformers
+
 ATTENTION_ROLES = ("q", "k", "v", "o")
 FFN_ROLES = ("ffn.in", "ffn.gate", "ffn.out")
 GROUPS = {  # a target name that stands for several roles
@@ -23,7 +25,11 @@ TARGET_NAMES = (
     *FFN_ROLES,
     *GROUPS,
 )
-HEADS = ("pre_classifier", "classifier", "score", "classification_head", "qa_outputs")
+# the children of a model that were taken for its head by the first format of files
+FIRST_HEADS = ("pre_classifier", "classifier", "score", "classification_head", "qa_outputs")
+LOADED = "_is_hf_initialized"  # transformers' mark of a parameter that a checkpoint held
+PRETRAINED = ("MODEL", "MODEL_FOR_PRETRAINING", "MODEL_FOR_CAUSAL_LM", "MODEL_FOR_MASKED_LM")
+PRETRAINED += ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM",)
 
 
 Ends = dict[str, tuple[str, str | None]]
@@ -154,3 +160,10 @@ ARCHITECTURES: dict[str, dict[str, Stack]] = {
     "bart": _BART,
     "mbart": {name: replace(stack, pre_norm=True) for name, stack in _BART.items()},
 }
+
+
+def is_pretrained(model: transformers.PreTrainedModel) -> bool:
+    """Whether transformers has the class of ``model`` for pretraining or for a bare backbone, so that none of
+    its layers belong to a task."""
+    classes = (getattr(transformers, f"{name}_MAPPING").get(type(model.config), None) for name in PRETRAINED)
+    return type(model) in classes

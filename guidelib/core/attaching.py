@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,10 +20,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from guidelib.core.anatomy import ADDED, Anatomy, expect_weights
-from guidelib.core.files import FORMAT, fingerprint, read, write
+from guidelib.core.bounds import Bounded
+from guidelib.core.files import FORMAT, checksum, read, write
+from guidelib.core.fingerprint import fingerprint
 from guidelib.core.method import Method, Spec
 from guidelib.core.points.part import Part, copied, put
-from guidelib.core.values import has_values, mode_of
+from guidelib.core.values import mode_of
 
 CARRIED = "_guidelib_attachment"  # of every module of the model: the attachment that it belongs to
 
@@ -53,16 +56,30 @@ class Count:
         )
 
 
-def attach(model: PreTrainedModel, method: Method, *, seed: int = 0) -> Attachment:
+def attach(
+    model: PreTrainedModel, method: Method, *, seed: int = 0, also: str | Iterable[str] = ()
+) -> Attachment:
     """Freeze ``model`` in place, plug ``method`` in and train the task head with it.
 
-    ``seed`` fixes the method's initial values without touching the global random state.  Returns the
-    Attachment, which is also reachable as ``attached(model)``.  Raises TypeError or ValueError, and leaves
-    the model as it was, for an unsupported model, something that is not a method, a target or layer that is
-    not there, an impossible size, or a model that already carries a method, or shares layers with one that
-    does (its backbone, or another head's).
+    ``seed`` fixes the method's initial values without touching the global random state.  ``also`` names what
+    else of the base to train in place, save and give back: "embedding", "norms", "biases", or the beginning
+    of a parameter's name, such as "pooler" or "encoder.layer.3".  Warns of parameters that transformers drew
+    at random, if they stay frozen.
+
+    Returns the Attachment, which is also reachable as ``attached(model)``.  Raises TypeError or ValueError,
+    and leaves the model as it was, for an unsupported model, something that is not a method, a target, layer
+    or name that is not there, an impossible size, or a model that already carries a method, or shares layers
+    with one that does (its backbone, or another head's).
     """
-    return _attach(model, method, seed, saved={})
+    attachment = _attach(model, method, seed, also=also)
+    frozen = sorted(attachment.anatomy.drawn - attachment._selected)
+    if frozen:
+        warnings.warn(
+            f"{_several(frozen)} came with no checkpoint, so other random numbers may stand there in the "
+            "model that this method is loaded onto; attach(..., also=...) trains and saves them",
+            stacklevel=2,
+        )
+    return attachment
 
 
 def attached(model: PreTrainedModel) -> Attachment:
@@ -73,18 +90,33 @@ def attached(model: PreTrainedModel) -> Attachment:
 
 
 def _attach(
-    model: PreTrainedModel, method: Method, seed: int, saved: Mapping[str, torch.Tensor]
+    model: PreTrainedModel,
+    method: Method,
+    seed: int,
+    also: str | Iterable[str] = (),
+    saved: Mapping[str, torch.Tensor] | None = None,
 ) -> Attachment:
+    """``saved``: the tensors of a file, of which those of the base say what is trained besides the method."""
     if not isinstance(method, Method):
         hint = f"; write {method.__name__}() to make one" if isinstance(method, type) else ""
         raise TypeError(f"method must be a guidelib method such as LoRA(r=8), got {method!r}{hint}")
     anatomy = Anatomy(model)
     _check_free(model)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), mode_of(model):
+    base = anatomy.base_parameters()
+    if saved is None:
+        selected = method.select(anatomy) | anatomy.head().keys() | anatomy.named(also)
+    else:
+        brought = base.keys() & saved.keys()
+        selected = method.select(anatomy) | anatomy.task_head() | (brought - method.rewrites(anatomy))
+    fork = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
+    with fork, mode_of(model), Bounded(method, base, saved):
         torch.manual_seed(seed)
-        parts = method.parts(anatomy, saved)
-    selected = method.select(anatomy) | set(anatomy.head())
-    return Attachment(model, method, anatomy, parts, selected, method.rewrites(anatomy))
+        parts = method.parts(anatomy, saved or {})
+    return Attachment(model, method, anatomy, parts, selected, method.rewrites(anatomy), saved)
+
+
+def _several(names: list[str]) -> str:
+    return repr(names[0]) + f" and {len(names) - 1} more" * (len(names) > 1)
 
 
 def _check_free(model: PreTrainedModel) -> None:
@@ -116,13 +148,14 @@ class Attachment:
         parts: list[Part],
         selected: set[str],
         rewritten: set[str],
+        saved: Mapping[str, torch.Tensor] | None = None,
     ):
         self.model, self.method, self.anatomy = model, method, anatomy
         self.merged = False
-        self._base = fingerprint(anatomy)
-        self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._base: dict[str, str] | None = None
         self._layers = _layers(model)
         parameters = dict(model.named_parameters())
+        self._flags = {name: p.requires_grad for name, p in parameters.items()}
         self._selected = selected
         self._originals = {name: parameters[name].detach().clone() for name in sorted(selected | rewritten)}
         gradients = {name: p.grad for name, p in parameters.items()}
@@ -137,6 +170,8 @@ class Attachment:
             for name, parameter in parameters.items():
                 parameter.requires_grad_(name in selected)
             self.add(parts)
+            if saved is not None:
+                self._fill(saved)
         except BaseException:
             self._end()
             for name, gradient in gradients.items():
@@ -174,7 +209,7 @@ class Attachment:
 
     def count(self) -> Count:
         """The three counts and what they include."""
-        self._check_attached()
+        self.check()
         trainable = {name: p.numel() for name, p in self.model.named_parameters() if p.requires_grad}
         norms = self.anatomy.norms()
         return Count(
@@ -182,7 +217,7 @@ class Attachment:
             stored=sum(tensor.numel() for tensor in self.state().values()),
             changed=_changed(self.parts) + sum(self._originals[name].numel() for name in self._selected),
             total=sum(p.numel() for p in self.anatomy.base_parameters().values()),
-            head=sum(p.numel() for p in self.anatomy.head().values()),
+            head=sum(p.numel() for name, p in self.anatomy.head().items() if name in self._selected),
             norms=sum(n for name, n in trainable.items() if name in norms),
         )
 
@@ -297,6 +332,18 @@ class Attachment:
                 )
         expect_weights(self.model)  # or what is written to the base would be lost
 
+    def check(self) -> None:
+        """Raises ValueError if this attachment has ended, or if something is trained that it does not know
+        of, and could neither save nor give back."""
+        self._check_attached()
+        parameters = self.anatomy.base_parameters().items()
+        unknown = [name for name, p in parameters if p.requires_grad and name not in self._originals]
+        if unknown:
+            raise ValueError(
+                f"model: {_several(unknown)} must stay frozen after attach, which saves and gives back what "
+                "it knows of; name it in attach(..., also=...) to train it"
+            )
+
     def state(self) -> dict[str, torch.Tensor]:
         """What a file holds: the added tensors, and the base parameters that are changed in place."""
         added = getattr(self.model, ADDED)
@@ -307,20 +354,41 @@ class Attachment:
         tensors |= {name: parameters[name] for name in self._originals}
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
+    def _fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over the values of a file.  Raises ValueError if one is missing, or does not fit."""
+        state = self.state()
+        for name in sorted(state.keys() | tensors.keys()):
+            problem = _misfit(state.get(name), tensors.get(name))
+            if problem:
+                raise ValueError(f"tensor {name!r} {problem}")
+        with torch.no_grad():
+            for name, tensor in state.items():
+                tensor.copy_(tensors[name])
+
+    def _fingerprint(self) -> dict[str, str]:
+        return fingerprint(self.anatomy, self._originals.keys())
+
+    def keep_fingerprint(self) -> None:
+        """Let later files speak of the base as it is now: to be called before its weights go."""
+        self._base = self._base or self._fingerprint()
+
     def metadata(self) -> dict[str, str]:
-        """What a file says of itself: the format, the method and a fingerprint of the base."""
-        return {
+        """What a file says of itself: the format, the method, a fingerprint of the base, and a checksum."""
+        said = {
             "format": FORMAT,
             "method": json.dumps(self.method.to_json()),
-            "base": json.dumps(self._base),
+            "base": json.dumps(self._base or self._fingerprint()),
         }
+        return said | {"checksum": checksum(self.state(), said)}
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the method, its tensors and a fingerprint of the base to a safetensors file.
 
-        The file appears whole or not at all.  Raises FileNotFoundError if the folder is missing.
+        The file appears whole or not at all.  Raises FileNotFoundError if the folder is missing, OSError if
+        the file cannot be written, ValueError for NaN or infinity, or if a parameter was unfrozen after
+        ``attach``.
         """
-        self._check_attached()
+        self.check()
         merged = self.merged
         self.unmerge()  # or base weights that the file holds would have the method's effect in them as well
         try:
@@ -386,35 +454,43 @@ def _changed(parts: list[Part]) -> int:
 def load(model: PreTrainedModel, path: str | os.PathLike, *, any_weights: bool = False) -> Attachment:
     """Attach the method that ``path`` holds to a fresh base model and fill in its trained values.
 
-    ``any_weights`` accepts a base of the same shapes with other weights.  Raises FileNotFoundError if there
-    is no file, ValueError if it is damaged, not guidelib's, or of another backbone; the model is then as it
-    was.
+    The base may be in another type than the one that the method was trained on.  ``any_weights`` accepts one
+    of the same shapes with other weights: what the model then computes is not what was trained.
+
+    Raises FileNotFoundError if there is no file, ValueError if it is damaged, not guidelib's, or of another
+    backbone; the model is then as it was.
     """
-    path = Path(path)
-    method, tensors = read(Anatomy(model), path, any_weights=any_weights)
-    gradients = {name: p.grad for name, p in model.named_parameters()}
+    path, anatomy = Path(path), Anatomy(model)
+    _check_free(model)
+    method, tensors = read(anatomy, path, any_weights=any_weights)
     try:
-        attachment = _attach(model, Spec.from_json(method), seed=0, saved=tensors)
-    except TypeError as error:  # a field is missing, or it is no method at all
-        raise ValueError(f"path: {path.name!r} is damaged: {error}") from error
-    state = attachment.state()
-    problem = next(
-        (n for n in state.keys() | tensors.keys() if not _same_shape(state.get(n), tensors.get(n))), None
-    )
-    if problem is not None:
-        for name, parameter in attachment.detach().named_parameters():
-            parameter.grad = gradients[name]
-        raise ValueError(
-            f"path: {path.name!r} does not fit: tensor {problem!r} is missing, unknown or misshapen"
-        )
-    with torch.no_grad():
-        for name, tensor in state.items():
-            tensor.copy_(tensors[name])
-    return attachment
+        return _attach(model, Spec.from_json(method), seed=0, saved=tensors)
+    except (TypeError, OverflowError, RecursionError) as error:  # not even the fields of a method
+        raise ValueError(f"path: {path.name!r} is damaged: {_short(error)}") from error
+    except ValueError as error:
+        raise ValueError(f"path: {path.name!r} does not fit: {_short(error)}") from error
 
 
-def _same_shape(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    return a is not None and b is not None and a.shape == b.shape
+def _short(error: Exception) -> str:
+    text = str(error)
+    return text if len(text) <= 400 else f"{text[:400]} ..."
+
+
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+def _misfit(mine: torch.Tensor | None, theirs: torch.Tensor | None) -> str | None:
+    """Why the values of a file cannot be taken over."""
+    if mine is None or theirs is None:
+        return "is missing" if theirs is None else "is unknown"
+    if mine.shape != theirs.shape:
+        return f"is misshapen: {tuple(theirs.shape)}, where {tuple(mine.shape)} is expected"
+    if mine.dtype == theirs.dtype:
+        return None
+    if not {mine.dtype, theirs.dtype} <= FLOATS:
+        return f"is of type {theirs.dtype}, where {mine.dtype} is expected"
+    finite = theirs.to(mine.dtype).isfinite().all()
+    return None if finite else f"has numbers that are too large for {mine.dtype}"
 
 
 def _layers(model: PreTrainedModel) -> dict[str, tuple[nn.Module, torch.Size]]:

@@ -1,13 +1,23 @@
 """What a saved method looks like on disk: one safetensors file, whose metadata say which method it is and
-which base it belongs to."""
+which base it belongs to.
+
+    format     "guidelib 2"; a file of "guidelib 1", without a checksum and with a hash for a base, is read
+    method     the method, as JSON
+    base       the architecture, a hash of the shapes, and sums of weights: see fingerprint.py
+    checksum   SHA-256 of the above and of the tensors
+
+A tensor is called ``guidelib.<part>.<its name there>``, or as the base parameter that it replaces.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Mapping
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +25,86 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
-from guidelib.core.anatomy import Anatomy
+from guidelib.core.anatomy import ADDED, Anatomy
+from guidelib.core.fingerprint import difference, difference_from_first
 
-FORMAT = "guidelib 1"
+try:
+    import fcntl
+except ImportError:  # not on Windows, where what a killed process has left stays
+    fcntl = None
+
+FORMAT = "guidelib 2"
+FIRST = "guidelib 1"
 
 
 def write(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Path:
-    """Write a file that appears whole or not at all.  Raises FileNotFoundError if its folder is missing."""
+    """Write a file that appears whole or not at all, and is on the disk when this returns.
+
+    A link stays one: its target is written.  A file that is replaced passes on its permissions, a new one
+    has those that the umask leaves.  Raises FileNotFoundError if the folder is missing, ValueError for a
+    tensor with NaN or infinity, OSError if there is no room or no permission; what stood there is then as it
+    was.
+    """
     path = Path(path)
-    if not path.parent.is_dir():
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
         raise FileNotFoundError(f"path: the folder {str(path.parent)!r} does not exist; make it first")
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-        temporary = Path(file.name)
+    _expect_finite(path, tensors)
     try:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata)
-        temporary.chmod(0o644)  # a temporary file is its owner's alone, an adapter is to be shared
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with _folder(target) as folder:
+            file = folder / "file"
+            save_file({name: t.contiguous() for name, t in tensors.items()}, file, dict(metadata))
+            mode = target if target.exists() else folder  # the umask is in the folder's
+            file.chmod(mode.stat().st_mode & 0o666)
+            _sync(file)
+            file.replace(target)
+        with suppress(OSError):  # the file is there; only a power failure in these seconds could undo it
+            _sync(target.parent)
+    except (OSError, safetensors.SafetensorError) as error:
+        kind = type(error) if isinstance(error, OSError) else OSError
+        reason = getattr(error, "strerror", None) or error
+        raise kind(f"path: {str(path)!r} could not be written, and is as it was: {reason}") from error
     return path
+
+
+@contextmanager
+def _folder(target: Path) -> Iterator[Path]:
+    """A folder beside ``target`` to write in, which goes afterwards; and so do those that killed processes
+    have left."""
+    start, end = f".{target.name[:200]}.", ".partial"
+    for left in [*target.parent.iterdir()]:
+        if left.name.startswith(start) and left.name.endswith(end):
+            with suppress(OSError), _lock(left):
+                shutil.rmtree(left)
+    folder = target.parent / f"{start}{secrets.token_hex(4)}{end}"
+    folder.mkdir()
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        with suppress(OSError):  # where there are no locks, nobody removes what another one writes, either
+            stack.enter_context(_lock(folder))
+        yield folder
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Raises OSError where somebody else is at work, or nobody can tell."""
+    if fcntl is None:
+        raise OSError("no locks")
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _sync(path: Path) -> None:
+    if fcntl is not None:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def read(
@@ -51,40 +122,38 @@ def read(
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         method, base = json.loads(metadata.get("method", "0")), json.loads(metadata.get("base", "0"))
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"path: {path.name!r} is damaged or no safetensors file ({error})") from error
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") not in (FORMAT, FIRST):
         raise ValueError(f"path: {path.name!r} was not saved by guidelib (format {metadata.get('format')!r})")
-    mine = fingerprint(anatomy)
-    if not isinstance(base, dict) or base.keys() != mine.keys():
-        raise ValueError(f"path: {path.name!r} is damaged: it does not say which backbone it belongs to")
-    for key, meaning in (("model_type", "architecture"), ("shapes", "shapes"), ("weights", "weights")):
-        if mine[key] != base[key] and not (key == "weights" and any_weights):
-            advice = "; any_weights=True loads it all the same" if key == "weights" else ""
-            raise ValueError(
-                f"path: {path.name!r} belongs to another backbone: its {meaning} {base[key]!r} differ from "
-                f"this model's {mine[key]!r}{advice}"
-            )
+    if metadata["format"] == FORMAT and metadata.get("checksum") != checksum(tensors, metadata):
+        raise ValueError(f"path: {path.name!r} is damaged: its checksum is not that of what it holds")
+    _expect_finite(path, tensors)
+    brought = {name for name in tensors if not name.startswith(f"{ADDED}.")}
+    differs = difference if metadata["format"] == FORMAT else difference_from_first
+    try:
+        found = differs(anatomy, base, brought, any_weights)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"path: {path.name!r} is damaged: it does not say which backbone it belongs to"
+        ) from error
+    if found:
+        raise ValueError(f"path: {path.name!r} belongs to another backbone: {found}")
     return method, tensors
 
 
-def fingerprint(anatomy: Anatomy) -> dict[str, str]:
-    """What an adapter file says of its base: architecture, shapes, and a sample of the weights.
+def checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of the tensors, and of all that ``metadata`` says besides."""
+    said = {name: text for name, text in metadata.items() if name != "checksum"}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
-    The task head is left out, since it differs per task; the sample is rounded to bfloat16, so that a base
-    loaded in 16 bits is recognised.  A model without weights (meta device) has an empty sample.
-    """
-    head = anatomy.head()
-    base = {name: p for name, p in anatomy.base_parameters().items() if name not in head}
-    shapes = json.dumps({name: tuple(p.shape) for name, p in base.items()}, sort_keys=True)
-    sample = hashlib.sha256()
-    for _, parameter in sorted(base.items()):
-        if parameter.device.type != "meta":
-            flat = parameter.detach().flatten()
-            few = flat[:: max(1, flat.numel() // 16)].to(torch.bfloat16).cpu()
-            sample.update(few.view(torch.int16).numpy().tobytes())
-    return {
-        "model_type": anatomy.kind,
-        "shapes": hashlib.sha256(shapes.encode()).hexdigest()[:16],
-        "weights": sample.hexdigest()[:16],
-    }
+
+def _expect_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        values = tensor.float() if tensor.itemsize == 1 else tensor  # of 8 bits, torch cannot tell
+        if tensor.is_floating_point() and not values.isfinite().all():
+            raise ValueError(f"path: {path.name!r} would not act: tensor {name!r} holds NaN or infinity")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 import guidelib
-from guidelib.core.anatomy import Anatomy, Layers
+from guidelib.core.anatomy import ADDED, Anatomy, Layers
 
 
 def expect(condition: bool, argument: str, value: object, accepted: str) -> None:
@@ -157,14 +158,18 @@ class Sum(Method):
         right = isinstance(self.methods, tuple) and all(isinstance(m, Method) for m in self.methods)
         expect(right, "methods", self.methods, "a tuple of methods")
         apart: list[Method] = []
+        there: set[int] = set()
         for method in self.methods:  # one method at two places is two methods
-            there = {id(m) for other in apart for m in _within(other)}
             shared = any(id(m) in there for m in _within(method))
             apart.append(copy.deepcopy(method) if shared else method)
+            there |= {id(m) for m in _within(apart[-1])}
         object.__setattr__(self, "methods", tuple(apart))
 
     def parts(self, anatomy, saved):
-        return [part for method in self.methods for part in method.parts(anatomy, saved)]
+        parts = []
+        for method in self.methods:
+            parts += method.parts(anatomy, _own(saved, parts))
+        return parts
 
     def select(self, anatomy):
         return set().union(*(method.select(anatomy) for method in self.methods))
@@ -195,6 +200,24 @@ class Sum(Method):
     def finish(self, attachment):
         for method in self.methods:
             method.finish(attachment)
+
+
+def _own(saved: Mapping[str, torch.Tensor], parts: list[Any]) -> Mapping[str, torch.Tensor]:
+    """The tensors of a file as a method knows them whose parts come behind ``parts``.  The third part that is
+    called p has the name p_3 in the file: to the method that makes it, it is the first, p."""
+    before, own = Counter(part.name for part in parts), {}
+    for name, tensor in saved.items():
+        added, _, rest = name.partition(".")
+        part, _, rest = rest.partition(".")
+        start, _, number = part.rpartition("_")
+        if not (number.isdecimal() and start in before):
+            start, number = part, 1
+        place = int(number) - before[start]  # of a part that no other precedes, what it is called
+        if added != ADDED or start not in before:
+            own[name] = tensor
+        elif place > 0:
+            own[f"{added}.{start}{f'_{place}' if place > 1 else ''}.{rest}"] = tensor
+    return own
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ class Fastfood(nn.Module):
     """P (size, d) for one tensor of ``size`` entries: nothing is trained, and nothing is saved, since the
     ``generator`` makes it again.
 
-    In 32 bits whatever the type, so that a model in 64 bits gets the same P.  On the meta device without
-    values.
+    In 32 bits whatever the type, torch's default one included, so that every model gets the same P.  On the
+    meta device without values.
     """
 
     def __init__(self, size: int, d: int, generator: torch.Generator, device: torch.device):
@@ -32,10 +32,10 @@ class Fastfood(nn.Module):
         short = _power_of_two(d)
         n = max(_power_of_two(size), short)
         draw = {"generator": generator, "device": "meta" if device.type == "meta" else "cpu"}
-        signs = torch.randint(2, (d,), **draw) * 2.0 - 1
+        signs = torch.randint(2, (d,), **draw).float() * 2 - 1
         picks = torch.randperm(n, dtype=torch.int32, **draw)
         picks &= short - 1  # modulo short
-        gaussian = torch.randn(n, **draw)
+        gaussian = torch.randn(n, dtype=torch.float32, **draw)
         gaussian /= (size * gaussian.square().sum()).sqrt()  # S and G in one
         for name, tensor in (("B", signs), ("Pi", picks), ("G", gaussian), ("H", hadamard(RADIX))):
             self.register_buffer(name, tensor.to(device), persistent=False)
@@ -54,9 +54,9 @@ def _power_of_two(n: int) -> int:
 
 def hadamard(n: int) -> torch.Tensor:
     """The Walsh-Hadamard matrix (n, n) in Sylvester's order; n is a power of two."""
-    matrix = torch.ones(1, 1)
+    matrix = torch.ones(1, 1, dtype=torch.float32)
     while len(matrix) < n:
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float32), matrix)
     return matrix
 
 

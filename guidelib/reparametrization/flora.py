@@ -86,8 +86,7 @@ class PerExample(Delta):
         like = {"device": weight.device, "dtype": added_dtype(weight)}
         self.A = nn.Parameter(torch.empty(tasks, r, d_in, **like))
         self.B = nn.Parameter(torch.zeros(tasks, d_out, r, **like))
-        for a in self.A:  # each as LoRA's
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.A.view(-1, d_in), a=math.sqrt(5))  # each as LoRA's
         self.ids: int | torch.Tensor = 0
         self.num_beams = 1
 
@@ -271,12 +270,12 @@ def load_loras(model: PreTrainedModel, paths: Sequence[str | os.PathLike]) -> At
             states.append({n.replace("LoRA_", "FLoRA_", 1): t.clone() for n, t in attachment.state().items()})
         finally:
             attachment.detach()
-        heads = ([t for n, t in state.items() if ".delta." not in n] for state in (states[0], states[-1]))
-        same = all(mine.equal(other) for mine, other in zip(*heads, strict=True))
+        mine, other = ({n: t for n, t in s.items() if ".delta." not in n} for s in (states[0], states[-1]))
+        same = mine.keys() == other.keys() and all(tensor.equal(other[n]) for n, tensor in mine.items())
         expect(same, "paths", f"{path} with another task head", "files with the same task head")
     alpha = first.alpha * (math.sqrt(first.r) if first.rank_stabilized else 1)
     method = FLoRA(first.r, len(states), "add", alpha, first.targets)
-    attachment = attach(model, method)
+    attachment = attach(model, method, also=mine)
     with torch.no_grad():
         for name, tensor in attachment.state().items():
             values = [state[name] for state in states]

@@ -138,8 +138,8 @@ def _blocks(flat: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _expect_block(block: object) -> None:
-    right = isinstance(block, int) and block > 0 and block % 2 == 0
-    expect(right, "block", block, "an even whole number of at least 2")
+    right = isinstance(block, int) and 0 < block <= 2**16 and block % 2 == 0
+    expect(right, "block", block, "an even whole number from 2 to 65536")
 
 
 class _Linear(torch.autograd.Function):
@@ -304,6 +304,7 @@ def release(model: PreTrainedModel) -> int:
     expect(bool(parts), "model", f"one that carries {attachment.method!r}", "one with NF4 or QLoRA attached")
     expect(not attachment.merged, "model", "a merged one", "unmerged; call unmerge() first")
     freed = 0
+    attachment.keep_fingerprint()
     for part in parts:
         if part.replaced and not part.released:
             freed += part.site.module.weight.nbytes

@@ -56,7 +56,7 @@ class IntrinsicSAID(Method):
         expect(isinstance(self.scales, bool), "scales", self.scales, "True or False")
         known = self.projection in ("fastfood", "dense")
         expect(known, "projection", self.projection, "'fastfood' or 'dense'")
-        right = isinstance(self.seed, int) and 0 <= self.seed < 2**63
+        right = type(self.seed) is int and 0 <= self.seed < 2**63
         expect(right, "seed", self.seed, "a whole number of at least 0")
 
     def parts(self, anatomy: Anatomy, saved: Mapping[str, torch.Tensor]) -> list[Part]:
@@ -113,7 +113,8 @@ class Dense(nn.Module):
     def __init__(self, size: int, d: int, generator: torch.Generator, device: torch.device):
         super().__init__()
         draw = {"generator": generator, "device": "meta" if device.type == "meta" else "cpu"}
-        self.register_buffer("P", torch.randn(size, d, **draw).to(device) / size**0.5, persistent=False)
+        P = torch.randn(size, d, dtype=torch.float32, **draw).to(device)
+        self.register_buffer("P", P / size**0.5, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.P.to(x.dtype) @ x

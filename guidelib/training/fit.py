@@ -81,6 +81,7 @@ def fit(
     they were before, those that the method rewrites included.
     """
     attachment = attached(model)
+    attachment.check()
     expect(not attachment.merged, "model", "a merged one", "unmerged while it trains; call unmerge() first")
     for name, value in (("lr", lr), ("head_lr", lr if head_lr is None else head_lr), ("epochs", epochs)):
         expect(_finite(value) and value > 0, name, value, "a positive number")

@@ -91,6 +91,13 @@ class AdapterFusion(Method):
     def _fill(self, anatomy: Anatomy, path: str, parts: list[SublayerPart]) -> None:
         method, tensors = read(anatomy, path)
         expect(method == self.adapter.to_json(), f"adapters: the method in {path!r}", method, self.adapter)
+        base = (anatomy.base_parameters().keys() - anatomy.head().keys()) & tensors.keys()
+        expect(
+            not base,
+            f"adapters: what {path!r} holds of the base",
+            min(base, default=""),
+            "the task head alone",
+        )
         for part in parts:
             for name, parameter in part.named_parameters():
                 tensor = tensors.get(f"guidelib.{part.name}.{name}")

@@ -1,0 +1,142 @@
+"""The fingerprint of a base: by what a file knows again the weights that its method was trained on.
+
+A base in 16 bits is the same base, whichever way it was rounded: from 32 bits at once, or by way of another
+type.  So no hash of weights can tell, but sums of them can, with a bound on what rounding does to a sum.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from guidelib.core.anatomy import Anatomy
+from guidelib.core.architectures import FIRST_HEADS
+from guidelib.core.values import has_values
+
+SAMPLE = 16  # entries of a tensor
+BLOCK, COLUMNS = 1024, 4  # of a table with a row for each token: rows in a sum, and columns
+UNITS = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 0.0}  # the largest relative error of rounding
+
+
+def fingerprint(anatomy: Anatomy, without: Collection[str]) -> dict[str, str]:
+    """What a file says of its base: the architecture, a hash of the shapes, and sums of weights.
+
+    without: the parameters that are not of the base, since the file itself holds them.  weights: the sums of
+    ``Sums``, 32-bit numbers in base64.  rounded: the type to which they were rounded at some time.
+    """
+    base = base_of(anatomy, without)
+    sums = Sums(anatomy, base)
+    text = base64.b64encode(sums.values.numpy().astype("<f4").tobytes()).decode()
+    return {"model_type": anatomy.kind, "shapes": _shapes(base), "weights": text, "rounded": sums.rounded}
+
+
+def base_of(anatomy: Anatomy, without: Collection[str]) -> dict[str, torch.Tensor]:
+    parameters = sorted(anatomy.base_parameters().items())
+    return {name: p.detach() for name, p in parameters if name not in without and p.numel()}
+
+
+def _shapes(base: Mapping[str, torch.Tensor]) -> str:
+    shapes = json.dumps({name: tuple(p.shape) for name, p in base.items()}, sort_keys=True)
+    return hashlib.sha256(shapes.encode()).hexdigest()[:16]
+
+
+class Sums:
+    """Sums of weights with signs, by which a base is known again, however its weights were rounded.
+
+    Of a tensor, two sums over 8 entries each.  Of one with a row for each token, to which rows may have been
+    added, sums over every row, 1,024 at a time, in four columns.
+
+    values, norms: each sum, and the length of the vector that is summed up.  names: whose it is.  The errors
+    of rounding add up like those of a random walk, so that a sum moves by a share of its norm.  A sum of a
+    tensor without values (meta device) is NaN.
+    """
+
+    def __init__(self, anatomy: Anatomy, base: Mapping[str, torch.Tensor]):
+        tokens = len(anatomy.embedding.weight)
+        tables = [name for name, p in base.items() if p.dim() == 2 and len(p) == tokens]
+        rest = [name for name in base if name not in tables]
+        samples = [_spread(base[name]) for name in rest]
+        samples = torch.stack(samples) if samples else torch.empty(0, SAMPLE)
+        # zeros and ones say nothing about rounding, and neither do a few numbers
+        full = torch.tensor([base[name].numel() >= SAMPLE for name in rest], dtype=torch.bool)
+        varied = samples[full & (samples.amin(1) < samples.amax(1))]
+        exact = {kind: varied == varied.to(getattr(torch, kind)).float() for kind in ("bfloat16", "float16")}
+        self.rounded = next((kind for kind, same in exact.items() if same.all(1).any()), "float32")
+        blocks = [samples.view(-1, SAMPLE // 2, 1)]
+        self.names = [name for name in rest for _ in range(2)]
+        for name in tables:
+            rows = _floats(base[name][:, :: max(1, base[name].shape[1] // COLUMNS)][:, :COLUMNS])
+            blocks.append(F.pad(rows, (0, 0, 0, -len(rows) % BLOCK)).view(-1, BLOCK, rows.shape[1]))
+            self.names += [name] * (blocks[-1].shape[0] * rows.shape[1])
+        self.values = torch.cat([(b * _signs(b.shape[1])).sum(1).flatten() for b in blocks])
+        self.norms = torch.cat([b.norm(dim=1).flatten() for b in blocks])
+
+
+def _spread(tensor: torch.Tensor) -> torch.Tensor:
+    """SAMPLE entries at equal distances; zeros behind them, if there are fewer."""
+    flat = tensor.reshape(-1)
+    few = _floats(flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE])
+    return few if len(few) == SAMPLE else F.pad(few, (0, SAMPLE - len(few)))
+
+
+def _floats(tensor: torch.Tensor) -> torch.Tensor:
+    known = has_values(tensor)
+    return tensor.to("cpu", torch.float32) if known else torch.full(tensor.shape, math.nan)
+
+
+def _signs(n: int) -> torch.Tensor:
+    """n signs, (n, 1), as good as random: rounding moves equal rows alike, and with them it cancels."""
+    return torch.arange(n, dtype=torch.float64).cos().sign().float().unsqueeze(1)
+
+
+def difference(
+    anatomy: Anatomy, base: Mapping[str, Any], brought: Collection[str], any_weights: bool
+) -> str | None:
+    """In what the base of a file differs from the model of ``anatomy``, apart from what the file brings."""
+    if base["model_type"] != anatomy.kind:
+        return f"its architecture {base['model_type']!r} differs from this model's {anatomy.kind!r}"
+    candidates = (base_of(anatomy, without) for without in (brought, brought | anatomy.head().keys()))
+    mine = next((candidate for candidate in candidates if _shapes(candidate) == base["shapes"]), None)
+    if mine is None:
+        return "its shapes differ from this model's"
+    if any_weights:
+        return None
+    sums = Sums(anatomy, mine)
+    theirs = torch.tensor(np.frombuffer(base64.b64decode(base["weights"]), "<f4"))
+    if theirs.shape != sums.values.shape:
+        return "its weights are not as many as this model's"
+    unit = max(UNITS[base["rounded"]], UNITS[sums.rounded])
+    # more than rounding can do to 8 entries; the last digits of a sum; and float16 has a smallest step
+    close = (4 * unit + 2**-16) * sums.norms + (2**-20 if unit else 0)
+    same = ((theirs - sums.values).abs() <= close).tolist()
+    apart = list(dict.fromkeys(name for name, alike in zip(sums.names, same, strict=True) if not alike))
+    if not apart:
+        return None
+    more = f" and {len(apart) - 1} more" if len(apart) > 1 else ""
+    return f"its weights differ from this model's in {apart[0]!r}{more}"
+
+
+def difference_from_first(
+    anatomy: Anatomy, base: Mapping[str, Any], brought: Collection[str], any_weights: bool
+) -> str | None:
+    """The same for a file of the first format, which has a hash of entries that were rounded to bfloat16."""
+    parameters = sorted(anatomy.base_parameters().items())
+    mine = {name: p.detach() for name, p in parameters if name.split(".")[0] not in FIRST_HEADS}
+    sample = hashlib.sha256()
+    for parameter in mine.values():
+        if has_values(parameter):
+            few = parameter.flatten()[:: max(1, parameter.numel() // 16)].to(torch.bfloat16).cpu()
+            sample.update(few.view(torch.int16).numpy().tobytes())
+    found = {"architecture": anatomy.kind, "shapes": _shapes(mine), "weights": sample.hexdigest()[:16]}
+    for key, meaning in (("model_type", "architecture"), ("shapes", "shapes"), ("weights", "weights")):
+        if found[meaning] != base[key] and not (key == "weights" and any_weights):
+            return f"its {meaning} {base[key]!r} differ from this model's {found[meaning]!r}"
+    return None
