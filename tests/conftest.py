@@ -1,5 +1,6 @@
 """What several test modules share."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -14,6 +15,13 @@ from playwright.sync_api import sync_playwright
 
 QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run"]
 QUIET += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _known_objects_are_not_searched():
+    """The Trainer collects garbage at the end of every run, and would look at all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass(frozen=True)

@@ -488,11 +488,16 @@ def test_a_released_model_can_be_cast(end):
 
 def test_a_cast_of_the_layers_alone_is_followed():
     model, inputs = build("tiny-gpt2", dtype=torch.float32), batch("tiny-gpt2")
-    gl.attach(model, gl.NF4())
+    attachment = gl.attach(model, gl.NF4())
     before = outputs(model, inputs)
     model.transformer.to(torch.bfloat16)
     model.lm_head.to(torch.bfloat16)
-    assert relative(outputs(model, inputs).float(), before) < 0.02
+    acting = outputs(model, inputs)
+    assert relative(acting.float(), before) < 0.02
+    attachment.merge()
+    for part in attachment.parts:  # the very numbers that the layer computed with
+        if part.replaced:
+            assert torch.equal(part.site.module.weight, part.quantized.dequantize(torch.bfloat16))
 
 
 def test_a_released_model_saves_a_file_that_fits_the_original_base(tmp_path):

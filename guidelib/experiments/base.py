@@ -60,7 +60,7 @@ class Experiment(ABC):
     max_length: int = 64
     seeds: int = 8
     tuning_seeds: int = 3
-    precision: str = "fp32"
+    mixed_precision: str = "no"
 
     def to_json(self) -> Row:
         return json.loads(json.dumps(vars(self), default=lambda value: value.to_json()))
@@ -94,7 +94,11 @@ class Experiment(ABC):
         then.  A training that diverged says only that."""
         from guidelib.training.fit import fit
 
-        settings = {"batch_size": self.batch_size, "max_length": self.max_length, "precision": self.precision}
+        settings = {
+            "batch_size": self.batch_size,
+            "max_length": self.max_length,
+            "mixed_precision": self.mixed_precision,
+        }
         settings |= {"head_lr": head_lr or self.head_lr, "lr": lr, "epochs": epochs, "seed": seed}
         try:
             trained = fit(model, task, tokenizer, progress=False, **settings)
@@ -112,7 +116,7 @@ class Experiment(ABC):
         """The scores on the two splits that are not trained on, and for the test split those of each item."""
         from guidelib.training.fit import evaluate
 
-        settings = {"max_length": self.max_length, "precision": self.precision}
+        settings = {"max_length": self.max_length, "mixed_precision": self.mixed_precision}
         found = {}
         for split in ("validation", "test"):
             scores = evaluate(model, task, tokenizer, split=split, each=split == "test", **settings)

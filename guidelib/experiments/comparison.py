@@ -76,7 +76,7 @@ def read_plan(path: Path) -> Comparison:
           LoRA r=8: {type: LoRA, r: 8, alpha: 16, rate: 4.0e-3}
           NF4 with LoRA: {sum: [{type: NF4}, {type: LoRA, r: 8}], rate: 4.0e-3}
 
-    ``seeds``, ``tuning_seeds``, ``batch_size``, ``max_length``, ``head_lr`` and ``precision`` may stand
+    ``seeds``, ``tuning_seeds``, ``batch_size``, ``max_length``, ``head_lr`` and ``mixed_precision`` may stand
     beside ``backbone``.  A task's name may differ from that of its data: ``{task: movie-reviews}``.  Raises
     ValueError that names the file and what is wrong in it.
     """

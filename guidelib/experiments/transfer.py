@@ -169,7 +169,7 @@ def _pool(tasks: list[Task]) -> Task:
 
 TRANSFER = Transfer(
     "minilm",
-    precision="bf16",
+    mixed_precision="bf16",
     ways={
         OWN: Way("new", MANY, 1, 8e-3),
         "head only": Way("head", MANY, 1, 1e-2),

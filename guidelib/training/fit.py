@@ -1,7 +1,8 @@
 """Training and evaluation on the Hugging Face Trainer.
 
-``fit`` adds three things to it and nothing else: a method's phases, a clear stop when the loss is no longer
-a number, and a progress bar that leaves nothing behind in a notebook.
+``fit`` adds four things to it and nothing else: a method's phases, 32-bit copies of what is trained in 16
+bits, a clear stop when the loss is no longer a number, and a progress bar that leaves nothing behind in a
+notebook.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 from tqdm.std import tqdm  # the text bar: the notebook one saves a widget that is dead on a page
@@ -37,6 +39,8 @@ from guidelib.machine import device
 from guidelib.materials.tasks import SPLITS, Task
 from guidelib.training import recompute
 from guidelib.training.text2text import chrf_of_each, generate, score
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # as transformers and accelerate call them
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def fit(
     weight_decay: float = 0.0,
     seed: int = 0,
     keep_less: bool = False,
-    precision: str = "fp32",
+    mixed_precision: str | None = None,
     progress: bool = True,
 ) -> Fit:
     """Train what is attached to ``model`` on the task's training split, with AdamW and a linear schedule.
@@ -74,11 +78,17 @@ def fit(
     the steps over which the rate rises.  max_length: tokens kept of each text.  Batches hold texts of
     similar length.  ``seed`` fixes the order of the data and the dropout.  keep_less: recompute what is cheap
     in the backward pass instead of keeping it (see ``guidelib.training.recompute``); the losses stay the
-    same.  precision: "fp32", or "bf16" for mixed precision (products in bfloat16, parameters in 32 bits).
+    same.  mixed_precision: "no"; "bf16" or "fp16" to run the model under autocast, so that its products take
+    16 bits.  With "fp16" the loss is scaled besides, or small gradients would be zero; a step whose gradients
+    overflow is left out.  None: "fp16" for a model in float16, otherwise "no".
+
+    A parameter that is itself in 16 bits, of the base or of the method, would round most steps away.  AdamW
+    moves a 32-bit copy of it, and the model gets the copy's value, rounded, after every step.  That takes 4
+    bytes for the copy and 8 for the two moments; the gradient has 2 bytes, and 4 during the step.
 
     Raises ValueError if nothing is attached, the method is merged, or the data or a number is impossible;
-    FloatingPointError if the loss is no longer finite, the last step included.  The parameters are then what
-    they were before, those that the method rewrites included.
+    FloatingPointError if the loss is no longer finite, the last step included, or no step's gradients are.
+    The parameters are then what they were before, those that the method rewrites included.
     """
     attachment = attached(model)
     attachment.check()
@@ -96,11 +106,11 @@ def fit(
     )
     whole = isinstance(batch_size, int) and batch_size >= 1
     expect(whole, "batch_size", batch_size, "a whole number of at least 1")
+    mixed_precision = _mixed_precision(model, mixed_precision)
     expect(
         len(task.train) > 0, "task", f"{task.name} with an empty training split", "a task with training data"
     )
 
-    _expect_precision(precision)
     data = task.encode(tokenizer, "train", max_length)
     collate = _collator(model, task, tokenizer)
     attachment.method.prepare(attachment, DataLoader(data, batch_size=batch_size, collate_fn=collate))
@@ -108,8 +118,9 @@ def fit(
     own = attachment.method.rewrites(attachment.anatomy)
     before = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad or n in own}
     steps = math.ceil(epochs * math.ceil(len(data) / batch_size))
+    optimizer = _optimizer(attachment, lr, lr if head_lr is None else head_lr, weight_decay)
     phases = _Phases(attachment, steps, progress)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _ready(model):
         trainer = _Trainer(
             model,
             _one_device(
@@ -126,18 +137,29 @@ def fit(
                 report_to="none",
                 disable_tqdm=True,
                 use_cpu=device() == "cpu",
+                **{name: name == mixed_precision for name in HALF},
             ),
             train_dataset=data,
             data_collator=collate,
             callbacks=[phases],
-            optimizers=(_optimizer(attachment, lr, lr if head_lr is None else head_lr, weight_decay), None),
+            optimizers=(optimizer, None),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.attachment, trainer.losses, trainer.keep_less = attachment, [], keep_less
-        trainer.precision = precision
+        # not before the Trainer has put the model on its device
+        trainer.copies = phases.copies = _Copies(p for p in model.parameters() if p.requires_grad)
+        if trainer.copies:
+            trainer.copies.take_over(optimizer, trainer.args.max_grad_norm)
+            trainer.args.max_grad_norm = 0.0
+        if mixed_precision == "fp16" and trainer.accelerator.device.type == "cpu":
+            # where accelerate leaves fp16 out without a word, though torch has all that it takes
+            trainer.accelerator.native_amp = True
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
         start = time.perf_counter()
         try:
             trainer.train()
+            if phases.left_out == steps:
+                raise FloatingPointError(f"the gradients overflow at each of the {steps} steps; {WIDER}")
             trainer.look_again()
         except FloatingPointError:
             model.zero_grad()
@@ -158,24 +180,28 @@ def evaluate(
     split: str = "test",
     batch_size: int = 64,
     max_length: int = 64,
-    precision: str = "fp32",
+    mixed_precision: str = "no",
     each: bool = False,
 ) -> dict[str, Any]:
     """Mean loss of ``model`` on a split (of a text per text, of text2text per token), and how well it does.
 
     For classification that is ``accuracy`` (0 to 1); for text2text the scores of
     `guidelib.training.text2text.score` for what it writes greedily.  ``each`` adds an array with one entry
-    per item, in the order of the data: whether the answer is right, or the chrF of the text.  precision: as
-    in ``fit``.
+    per item, in the order of the data: whether the answer is right, or the chrF of the text.
+    mixed_precision: "no", "bf16" or "fp16", as in ``fit``.
     """
-    _expect_precision(precision)
+    fits = mixed_precision in ("no", *HALF)
+    expect(fits, "mixed_precision", mixed_precision, f"one of no, {', '.join(HALF)}")
     full = split not in SPLITS or len(getattr(task, split)) > 0
     expect(full, "task", f"{task.name} with an empty {split} split", "a task with data there")
     data = task.encode(tokenizer, split, max_length)
     lengths = np.array([len(ids) for ids in data["input_ids"]])
     order = np.argsort(lengths, kind="stable")
     data = data.select(order)  # little padding
-    with tempfile.TemporaryDirectory() as folder, _mixed(model, precision):
+    mixed = torch.autocast(
+        model.device.type, HALF.get(mixed_precision, torch.bfloat16), enabled=mixed_precision != "no"
+    )
+    with tempfile.TemporaryDirectory() as folder, _ready(model), mixed:
         arguments = _one_device(
             folder,
             per_device_eval_batch_size=batch_size,
@@ -199,14 +225,6 @@ def evaluate(
     return found | ({"each": right} if each else {})
 
 
-def _expect_precision(precision: object) -> None:
-    expect(precision in ("fp32", "bf16"), "precision", precision, "fp32 or bf16")
-
-
-def _mixed(model: PreTrainedModel, precision: str) -> torch.autocast:
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
 def _one_device(folder: str, **arguments: Any) -> TrainingArguments:
     """The Trainer's arguments for one device a process; by itself it takes ``torch.nn.DataParallel`` where it
     sees several, whose replicas would all act with the first one's parts.  torchrun and accelerate start a
@@ -216,8 +234,34 @@ def _one_device(folder: str, **arguments: Any) -> TrainingArguments:
     return chosen
 
 
+@contextmanager
+def _ready(model: PreTrainedModel) -> Iterator[None]:
+    """Let the Trainer take ``model`` as it is, and take back what the Trainer and accelerate leave on it."""
+    before = dict(vars(model))
+    vars(model).pop("_is_accelerate_prepared", None)  # of another run: this one's autocast would not act
+    if getattr(model, "is_quantized", False):
+        model._hf_peft_config_loaded = True  # or the Trainer refuses it as a model without adapters
+    try:
+        yield
+    finally:
+        training = model.training
+        vars(model).clear()  # autocast around the forward pass would act for ever
+        vars(model).update(before, training=training)
+
+
 def _finite(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _mixed_precision(model: PreTrainedModel, chosen: str | None) -> str:
+    """What is chosen, or the default, if it goes with the types of the model's parameters."""
+    types = {p.dtype for p in model.parameters() if p.is_floating_point() and p.itemsize > 1}
+    fits = ["no", *(name for name, half in HALF.items() if types <= {torch.float32, half})]
+    if chosen is None:
+        chosen = "fp16" if torch.float16 in types and "fp16" in fits else "no"
+    held = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in types))
+    expect(chosen in fits, "mixed_precision", chosen, f"one of {', '.join(fits)} for a model in {held}")
+    return chosen
 
 
 def _collator(model: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase) -> Callable:
@@ -249,8 +293,45 @@ def _optimizer(
     return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=weight_decay)
 
 
+class _Copies(dict[nn.Parameter, nn.Parameter]):
+    """A 32-bit copy for the optimiser of each of the ``parameters`` that has 16 bits."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        super().__init__(
+            (p, nn.Parameter(p.detach().float())) for p in parameters if p.dtype in HALF.values()
+        )
+
+    def take_over(self, optimizer: torch.optim.Optimizer, longest: float) -> None:
+        """Let ``optimizer`` move the copies, and clip the gradients, which the Trainer would look for on the
+        parameters: to the length ``longest``, taken together."""
+        for group in optimizer.param_groups:
+            group["params"] = [self.get(p, p) for p in group["params"]]
+        moved = [p for group in optimizer.param_groups for p in group["params"]]
+
+        def clip(*_) -> None:
+            nn.utils.clip_grad_norm_(moved, longest)
+
+        optimizer.register_step_pre_hook(clip)
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """After a backward pass: the gradients, and what a method has written to since the last step."""
+        for p, copy in self.items():
+            if p.grad is not None:
+                copy.copy_(torch.where(copy.to(p.dtype) == p, copy, p))
+                copy.grad, p.grad = p.grad.float(), None
+
+    @torch.no_grad()
+    def give(self) -> None:
+        """After a step: the values, rounded, and the gradients that the step was made with."""
+        for p, copy in self.items():
+            if copy.grad is not None:
+                p.copy_(copy)
+                p.grad, copy.grad = copy.grad.to(p.dtype), None
+
+
 class _Trainer(Trainer):
-    """The Trainer with a method's regulariser and learning rate, and a watch on the loss."""
+    """The Trainer with a method's regulariser and learning rate, 32-bit copies, and a watch on the loss."""
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         scheduler, method = super().create_scheduler(num_training_steps, optimizer), self.attachment.method
@@ -262,8 +343,13 @@ class _Trainer(Trainer):
             group["lr"] *= method.lr_factor(0, num_training_steps)
         return scheduler
 
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.copies.take()
+        return loss
+
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        with _mixed(model, self.precision), recompute.keep_less() if self.keep_less else nullcontext():
+        with recompute.keep_less() if self.keep_less else nullcontext():
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
             loss = loss + sum(self.attachment.method.loss_terms(self.attachment, inputs, outputs))
         self.seen = inputs
@@ -282,19 +368,34 @@ class _Trainer(Trainer):
 
     def _expect_finite(self, what: str, value: float, when: str) -> None:
         if not math.isfinite(value):
+            half = self.args.fp16 or any(p.dtype == torch.float16 for p in self.model.parameters())
             raise FloatingPointError(
                 f"the {what} is {value} {when}; lr must be lower than {self.args.learning_rate:g} here"
+                + (f", or {WIDER}" if half else "")
             )
 
 
+WIDER = "float16, which ends at 65504, is too narrow for this model: train it in bfloat16 or float32"
+
+
 class _Phases(TrainerCallback):
-    """Calls a method after each optimiser step, and moves the bar."""
+    """Takes the values from the copies and calls a method after each optimiser step, and moves the bar."""
 
     def __init__(self, attachment: Attachment, steps: int, progress: bool):
-        self.attachment = attachment
+        self.attachment, self.copies, self.left_out = attachment, _Copies(()), 0
         self.bar = tqdm(total=steps, disable=not progress, leave=False, file=sys.stderr, unit="step")
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         step, optimizer = state.global_step + 1, kwargs["optimizer"]
+        self.copies.give()
+        if optimizer.step_was_skipped:  # its gradients are infinite, and no method may learn from them
+            self.left_out += 1
+            for p in self.attachment.model.parameters():
+                if p.grad is not None:
+                    p.grad.zero_()
+        moments = {p: optimizer.state[copy] for p, copy in self.copies.items() if copy in optimizer.state}
+        optimizer.state.update(moments)  # under the names that the method knows
         self.attachment.method.after_step(self.attachment, step, state.max_steps, optimizer)
+        for p in moments:
+            del optimizer.state[p]
         self.bar.update()
