@@ -17,9 +17,8 @@ QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run"]
 QUIET += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _known_objects_are_not_searched():
-    """The Trainer collects garbage at the end of every run, and would look at all that was imported."""
+def pytest_collection_finish():
+    """What the imports made stays to the end: walking through it took 0.3 s in every full collection."""
     gc.collect()
     gc.freeze()
 
