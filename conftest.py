@@ -3,6 +3,9 @@
 nbval alone lets several kinds of broken notebook through. The rules that need no kernel (stripped outputs,
 misspelt markers, ...) are in tests/notebook_rules.py; here are those that need a run. tests/test_guards.py
 breaks a small project in every one of these ways and looks whether the run fails.
+
+With pytest-xdist (make test), workers run the tests, one file at a time, and the process that started them
+gets their reports. What is gathered from reports, the executed notebooks and the times, is whole there.
 """
 
 import os
@@ -82,6 +85,10 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+def pytest_runtest_logstart():
+    seconds.setdefault("starting and collecting", time.monotonic() - started)
+
+
 def pytest_runtest_logreport(report):
     name = report.nodeid.split("::")[0]
     seconds[name] += report.duration
@@ -120,11 +127,5 @@ def pytest_terminal_summary(terminalreporter):
         for name in not_executed:
             write(f"ERROR {name}", red=True)
     terminalreporter.section("what took how long")
-    total = time.monotonic() - started
-    rows = [
-        *seconds.most_common(),
-        ("starting and collecting", total - sum(seconds.values())),
-        ("total", total),
-    ]
-    for name, spent in rows:
+    for name, spent in [*seconds.most_common(), ("total", time.monotonic() - started)]:
         write(f"{spent:8.1f} s  {name}")

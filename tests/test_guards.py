@@ -23,6 +23,7 @@ def check(answer, expected): print("○" if answer is ... else "✓" if answer =
 """
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 CHECKED, RAISING, PICTURE, EXERCISE, SOLUTION = 3, 4, 5, 6, 7  # places in the good notebook
+WORKERS = (), ("-n", "2")  # one process, and as make test runs
 
 
 def good_notebook(name):
@@ -64,9 +65,11 @@ def run(project, *arguments):
 
 def pytest_in(project, *arguments):
     result = run(project, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--color=no", *arguments)
-    result.stdout = result.stdout.replace(
-        "::ipynb::", ".ipynb::"
-    )  # pytest takes nbval's file name for a dotted one
+    # pytest takes nbval's file name for a dotted one, and xdist puts its worker and the outcome first
+    result.stdout = result.stdout.replace("::ipynb::", ".ipynb::")
+    result.stdout = re.sub(
+        r"^\[gw\d+\] \[ *\d+%\] ([A-Z]+) (.*?) *$", r"\2 \1", result.stdout, flags=re.M
+    )
     return result
 
 
@@ -108,12 +111,16 @@ def good(good_project):
     return nbformat.read(good_project / "notebooks/good.ipynb", as_version=4)
 
 
-def test_the_good_notebook_passes_and_the_table_of_times_is_printed(good_project):
-    result = pytest_in(good_project)
+@pytest.mark.parametrize("workers", WORKERS, ids=" ".join)
+def test_the_good_notebook_passes_and_the_table_of_times_is_printed(good_project, workers):
+    result = pytest_in(good_project, *workers)
     assert result.returncode == 0, result.stdout
     assert "notebooks/good.ipynb::Cell 7 PASSED" in result.stdout
     table = result.stdout.split("what took how long")[1]
-    assert re.search(r"\d\.\d s  notebooks/good\.ipynb\n", table) and re.search(r"\d\.\d s  total\n", table)
+    rows = {name: float(seconds) for seconds, name in re.findall(r"^ *(\d+\.\d) s  (\S.*)$", table, re.M)}
+    files = {"notebooks/good.ipynb", "tests/test_notebooks.py"}
+    assert rows.keys() == files | {"starting and collecting", "total"}
+    assert list(rows)[-1] == "total" and all(0 < spent <= rows["total"] for spent in rows.values())
 
 
 # --- breaks that need a run: what is changed, and which part of the run must fail --------------------
@@ -195,8 +202,8 @@ def marker_is_misspelt(nb):
     source(CHECKED, "# NBVAL_CHEK_OUTPUT\nprint(3 * 14)")(nb)
 
 
-@pytest.fixture(scope="module")
-def broken_run(tmp_path_factory, good):
+@pytest.fixture(scope="module", params=WORKERS, ids=" ".join)
+def broken_run(request, tmp_path_factory, good):
     """One run over a good notebook and all broken ones: outcomes by test id, and the whole text."""
     project = make_project(tmp_path_factory.mktemp("broken"), ["good", *BREAKS])
     for name, (change, _) in {"good": (lambda nb: None, ()), **BREAKS}.items():
@@ -204,7 +211,7 @@ def broken_run(tmp_path_factory, good):
         nb.cells[0].source = good_notebook(f"{name}.ipynb").cells[0].source
         change(nb)
         nbformat.write(nb, project / f"notebooks/{name}.ipynb")
-    result = pytest_in(project, "--nbval-cell-timeout=6")
+    result = pytest_in(project, "--nbval-cell-timeout=6", *request.param)
     assert result.returncode == 1, result.stdout
     outcomes = dict(
         re.findall(r"^(\S.*?::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", result.stdout, re.M)
@@ -249,7 +256,7 @@ def test_without_nbval_nothing_is_run(good_project):
     assert "notebooks are only run with --nbval-lax" in result.stdout
 
 
-@pytest.mark.parametrize("arguments", [(), ("notebooks",), ("notebooks/empty.ipynb",)], ids=str)
+@pytest.mark.parametrize("arguments", [*WORKERS, ("notebooks",), ("notebooks/empty.ipynb",)], ids=str)
 def test_notebook_without_code_fails_the_session(tmp_path, good, arguments):
     project = make_project(tmp_path, ["empty"])
     (project / "tests/test_notebooks.py").write_text("def test_nothing(): pass", encoding="utf-8")
@@ -259,8 +266,9 @@ def test_notebook_without_code_fails_the_session(tmp_path, good, arguments):
     assert "ERROR notebooks/empty.ipynb" in result.stdout
 
 
-def test_notebook_that_is_not_collected_fails_the_session(good_project):
-    result = pytest_in(good_project, "--ignore=notebooks/good.ipynb")
+@pytest.mark.parametrize("workers", WORKERS, ids=" ".join)
+def test_notebook_that_is_not_collected_fails_the_session(good_project, workers):
+    result = pytest_in(good_project, "--ignore=notebooks/good.ipynb", *workers)
     assert result.returncode == pytest.ExitCode.TESTS_FAILED
     assert "ERROR notebooks/good.ipynb" in result.stdout
 
