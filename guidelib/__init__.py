@@ -20,8 +20,16 @@ _MODULES = {
     "guidelib.costs.plan": ("memory_plan",),
     "guidelib.costs.predict": ("predict",),
     "guidelib.machine": ("device", "versions"),
+    "guidelib.pages.diagrams": ("Diagram",),
     "guidelib.pages.environment": ("require", "setup"),
-    "guidelib.pages.exercises": ("check",),
+    "guidelib.pages.exercises": ("check", "hint"),
+    "guidelib.pages.finding": ("finding",),
+    "guidelib.pages.listing": ("show_source",),
+    "guidelib.pages.places": ("place",),
+    "guidelib.pages.prices": ("cost_table", "survey_table"),
+    "guidelib.pages.recording": ("recording",),
+    "guidelib.pages.results": ("rate_figure", "verdict_figure", "verdict_table"),
+    "guidelib.pages.viz": ("panel", "slider", "style", "table"),
     "guidelib.core.attaching": ("Attachment", "Count", "attach", "attached", "load"),
     "guidelib.core.method": ("Method", "On", "Sum"),
     "guidelib.reparametrization.adalora": ("AdaLoRA",),
@@ -37,8 +45,6 @@ _MODULES = {
     "guidelib.selective.anchors": ("FullFineTuning", "HeadOnly"),
     "guidelib.materials.tasks": ("Task", "load_task"),
     "guidelib.training.fit": ("evaluate", "fit"),
-    "guidelib.pages.results": ("rate_figure", "verdict_figure", "verdict_table"),
-    "guidelib.pages.viz": ("panel", "show_source", "slider", "style", "table"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 _SHORT = {  # modules that pages use often, by their last name

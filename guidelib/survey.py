@@ -1,12 +1,14 @@
-"""What the survey claims, as data: Tables 1 and 2 of its first version, arXiv:2303.15647v1.
+"""What the survey claims, as data: Tables 1 and 2 of its first version, arXiv:2303.15647v1, and Table 1 of
+its second, v2.
 
-The chapters put these rows beside their own measurements.  "maybe" stands where the survey has a footnote:
-the saving depends on hardware for sparse operations, or on how the weights are pruned.
+The chapters put these rows beside their own measurements.  "maybe" stands where the first version has a
+footnote: the saving depends on hardware for sparse operations, or on how the weights are pruned.  The second
+version prints "no" with a footnote there, or "yes".  Its Table 2 was not to be had for this book.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from guidelib.core.method import expect
 
@@ -61,8 +63,30 @@ TABLE: tuple[Row, ...] = (
 )
 
 
-def row(method: str) -> Row:
-    """The survey's row of a method, by the name that it prints.  Raises ValueError for another name."""
-    found = {entry.method: entry for entry in TABLE}
+# where Table 1 of the second version differs
+_CHANGES = {
+    "Fish-Mask": {"memory": "no (footnote)"},
+    "LT-SFT": {"memory": "no (footnote)"},
+    "Intrinsic SAID": {"storage": "yes"},
+    "FAR": {"memory": "yes"},
+}
+_DORA = Row("DoRA", "R", "yes", "yes", "no", "none")
+TABLE_2: tuple[Row, ...] = tuple(
+    new
+    for entry in TABLE
+    for new in (
+        replace(entry, trainable=None, changed=None, **_CHANGES.get(entry.method, {})),
+        *((_DORA,) if entry.method == "LoRA" else ()),
+    )
+)
+
+
+def row(method: str, version: int = 1) -> Row:
+    """The survey's row of a method, by the name that it prints, in its first or second version.
+
+    Raises ValueError for another name or version.
+    """
+    expect(version in (1, 2), "version", version, "1 or 2")
+    found = {entry.method: entry for entry in (TABLE if version == 1 else TABLE_2)}
     expect(method in found, "method", method, f"one of {', '.join(found)}")
     return found[method]

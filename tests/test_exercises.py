@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from guidelib.pages import exercises
 from guidelib.pages.exercises import check
 
 
@@ -280,3 +281,83 @@ def test_torch_is_not_imported():
         [sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=True
     )
     assert result.stdout.split()[-1] == "False"
+
+
+ANSWERS = """\
+from guidelib.pages.exercises import exercise
+
+
+@exercise(hint="Half of 84.")
+def number():
+    print("computed")
+    return 42
+
+
+@exercise(hint="Add them.", inputs=[(1, 2), (3, 4)])
+def add(x, y):
+    return x + y
+
+
+@exercise(hint="Nearly.", tolerance=0.1)
+def nearly():
+    return 1.0
+"""
+
+
+@pytest.fixture
+def stored(tmp_path, monkeypatch):
+    """A package with the answers of one page."""
+    folder = tmp_path / "answers_for_tests"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("", encoding="utf-8")
+    (folder / "page.py").write_text(ANSWERS, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(exercises, "_ANSWERS", "answers_for_tests")
+    yield
+    for name in ("answers_for_tests", "answers_for_tests.page"):
+        sys.modules.pop(name, None)
+
+
+def test_an_exercise_is_found_by_its_name(stored, capsys):
+    def told(name, answer):
+        assert check(name, answer) is None
+        return capsys.readouterr().out.strip().split("\n")[-1]
+
+    assert told("page.number", 42) == "✓ Right."
+    assert told("page.number", 41) == "✗ Not yet: it is not right. Half of 84."
+    assert told("page.number", ...).endswith('gl.hint("page.number") helps.')
+    assert told("page.add", lambda x, y: y + x) == "✓ Right."
+    assert told("page.add", lambda x, y: x).startswith("✗ Not yet: called with 1, 2, it is not right. Add")
+    assert told("page.add", lambda x, y: ...).startswith("○")
+    assert told("page.nearly", 1.05) == "✓ Right."
+    assert exercises.hint("page.add") is None and capsys.readouterr().out == "Add them.\n"
+
+
+def test_a_value_is_computed_once_and_when_it_is_asked_for(stored, capsys):
+    check("page.add", ...)
+    assert "computed" not in capsys.readouterr().out
+    for _ in range(2):
+        check("page.number", 42)
+    assert capsys.readouterr().out.count("computed") == 1
+
+
+@pytest.mark.parametrize("name", ["page.nothing", "nowhere.number", "page.exercise"])
+def test_an_exercise_that_is_not_stored_is_refused(stored, name):
+    with pytest.raises(ValueError, match=f"not '{name}'"):
+        check(name, 1)
+    with pytest.raises(ValueError, match=f"not '{name}'"):
+        exercises.hint(name)
+
+
+def test_a_reference_with_arguments_needs_inputs():
+    with pytest.raises(ValueError, match="inputs must list the arguments to try, because add has some"):
+
+        @exercises.exercise(hint="no")
+        def add(x, y):
+            return x + y
+
+
+def test_texts_are_compared_as_before(told):
+    assert told("q, v", "q, v") == "✓ Right."
+    assert told("adapter", "LoRA") == "✗ Not yet: it is not right."
+    assert told("lora.merge", "lora.merge", hint="") == "✓ Right."

@@ -19,7 +19,6 @@ from matplotlib.colors import to_rgb
 from nbclient import NotebookClient
 from PIL import Image
 
-import guidelib.costs.measure
 from guidelib.pages import viz
 
 # How a colour looks with a kind of colour blindness, for linear RGB: Machado, Oliveira and Fernandes 2009.
@@ -188,7 +187,7 @@ def live(monkeypatch):
     monkeypatch.setenv("GUIDELIB_LIVE", "1")
 
 
-def test_panel_outside_a_live_notebook(monkeypatch, capsys):
+def test_panel_outside_alive_notebook(monkeypatch, capsys):
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
     monkeypatch.delenv("GUIDELIB_LIVE", raising=False)
     calls = []
@@ -201,23 +200,23 @@ def test_panel_outside_a_live_notebook(monkeypatch, capsys):
     assert not calls
 
 
-def test_what_counts_as_live(monkeypatch):
+def test_what_counts_aslive(monkeypatch):
     monkeypatch.delenv("GUIDELIB_LIVE", raising=False)
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
-    assert not viz._live()
+    assert not viz.live()
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "google.colab", sys)
-        assert viz._live()
+        assert viz.live()
         patch.setenv("GUIDELIB_LIVE", "0")
-        assert not viz._live()
+        assert not viz.live()
     with monkeypatch.context() as patch:
         patch.setenv("JPY_SESSION_NAME", "lora.ipynb")
-        assert viz._live()
+        assert viz.live()
     import IPython
 
     shell = type("Shell", (), {"user_ns": {"__vsc_ipynb_file__": "lora.ipynb"}})
     monkeypatch.setattr(IPython, "get_ipython", lambda: shell)
-    assert viz._live()
+    assert viz.live()
 
 
 def test_panel_runs_the_function_again(live):
@@ -299,38 +298,17 @@ def test_table():
     assert repr(viz.table([{"loss": 1234.5678}, {"loss": 1e-8}])) == " loss\n-----\n1,235\n1e-08"
 
 
+@pytest.mark.parametrize("zero", [-0.0, "-0.0", "−0.00", -0])
+def test_no_table_has_a_negative_zero(zero):
+    assert repr(viz.table([{"gain": zero}])).split()[-1] in ("0", "0.0", "0.00")
+    assert repr(viz.table([{"gain": "-0.01"}])).split()[-1] == "-0.01"
+
+
 def test_table_refuses():
     with pytest.raises(ValueError, match="at least one row"):
         viz.table([])
     with pytest.raises(ValueError, match=r"row 1 has \['b'\]"):
         viz.table([{"a": 1}, {"b": 1}])
-
-
-class Fenced:
-    """```text
-    a fence inside
-    ```"""
-
-    def method(self):
-        return 1
-
-
-def test_show_source():
-    shown = viz.show_source(Fenced)._repr_mimebundle_()
-    assert shown["text/plain"].startswith("class Fenced:") and shown["text/plain"].endswith("return 1")
-    assert shown["text/markdown"] == f"`{__name__}.py`\n\n````python\n{shown['text/plain']}\n````\n"
-    assert repr(viz.show_source(Fenced.method)) == "def method(self):\n    return 1"
-    whole = viz.show_source(viz)._repr_mimebundle_()
-    assert (
-        whole["text/markdown"].startswith("`guidelib/pages/viz.py`\n")
-        and '"""Figures, sliders' in whole["text/plain"]
-    )
-    assert (
-        viz.show_source(guidelib)._repr_mimebundle_()["text/markdown"].startswith("`guidelib/__init__.py`\n")
-    )
-    for wrong in (3, len, sys, Fenced()):
-        with pytest.raises(TypeError, match="thing must be a class, function or module"):
-            viz.show_source(wrong)
 
 
 # From here on in a browser. Its event loop would be in the way of the kernel above.

@@ -22,6 +22,20 @@ def settings(result: Row) -> SimpleNamespace:
     return SimpleNamespace(**stored | {"methods": methods})
 
 
+def present(*results: Row) -> Row:
+    """Results with the same settings as one in the present form, for `compare` and what the pages show of it.
+    One seed had chosen the rates."""
+    first, runs, methods = results[0]["settings"], [], {}
+    for result in results:
+        new = (
+            result["settings"]["methods"].keys() - methods.keys()
+        )  # the first result with a method has its runs
+        methods |= {label: each for label, each in result["settings"]["methods"].items() if label in new}
+        runs += [{"task": first["task"]} | run for run in result["runs"] if run["method"] in new]
+    plan = {"tasks": {first["task"]: {}}, "methods": methods, "seeds": len(first["seeds"]), "tuning_seeds": 1}
+    return {"settings": first | plan, "runs": runs}
+
+
 def best_rate(result: Row, label: str) -> float:
     """The learning rate of ``label`` with the highest validation score at the first seed: the mean over the
     tasks, where there are several; where scores tie, the one with the lowest loss."""

@@ -1,10 +1,20 @@
-"""Self-checks of the exercises: one line for the reader, never a traceback."""
+"""Self-checks of the exercises: one line for the reader, never a traceback.
+
+What is right and what helps stands in guidelib/pages/answers, a file per page, so that the page gives neither
+away: ``gl.check("lora.merge", merge)`` looks the exercise up.
+"""
 
 import copy
+import functools
+import importlib
+import inspect
 import math
 import numbers
+import pkgutil
+import re
 import sys
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -91,13 +101,82 @@ def _line(text: str) -> str:
     return line if len(line) <= 120 else line[:117] + "..."
 
 
-def check(
+@dataclass(frozen=True)
+class Exercise:
+    """reference: a function of the reader's, to be called with every tuple of ``inputs``; without ``inputs``
+    a function that gives the value, which is computed when it is asked for."""
+
+    reference: Callable
+    hint: str
+    inputs: Sequence[tuple] | None = None
+    tolerance: float = 1e-6
+
+
+def exercise(*, hint: str, inputs: Sequence[tuple] | None = None, tolerance: float = 1e-6) -> Callable:
+    """Makes a function of a file in guidelib/pages/answers the reference of the exercise of its name."""
+
+    def register(reference: Callable) -> Exercise:
+        alone = inputs is None and not inspect.signature(reference).parameters
+        if not (alone or inputs):
+            raise ValueError(f"inputs must list the arguments to try, because {reference.__name__} has some.")
+        return Exercise(functools.cache(reference) if alone else reference, hint, inputs, tolerance)
+
+    return register
+
+
+def exercises(page: str) -> dict[str, Exercise]:
+    """The exercises of a page by their full names, such as "lora.merge"; empty for a page without a file."""
+    if page not in _pages():
+        return {}
+    module = importlib.import_module(f"{_ANSWERS}.{page}")
+    return {f"{page}.{name}": item for name, item in vars(module).items() if isinstance(item, Exercise)}
+
+
+_ANSWERS = "guidelib.pages.answers"
+
+
+def _pages() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(importlib.import_module(_ANSWERS).__path__)]
+
+
+def _find(name: str) -> Exercise:
+    page = name.split(".")[0]
+    if name not in exercises(page):
+        known = ", ".join(exercises(page)) or f"those of the pages {', '.join(_pages())}"
+        raise ValueError(f"name must be one of the exercises that are stored ({known}), not {name!r}.")
+    return exercises(page)[name]
+
+
+def hint(name: str) -> None:
+    """Print what helps with the exercise of that name, such as "lora.merge"."""
+    print(_find(name).hint)
+
+
+def check(name: Any, answer: Any, **options: Any) -> None:
+    """Is ``answer`` right for the exercise of that name, such as "lora.merge"?
+
+    Prints one line: ○ not answered yet (`...`, None, a function that returns it), ✓ right, or ✗ with what is
+    wrong and a hint.  Whole numbers and truth values are compared exactly, other numbers and arrays within a
+    tolerance, texts without regard to case.  Nothing that a reader puts into ``answer`` raises; the author's
+    mistakes do, as `ValueError`.
+
+    ``check(answer, expected, ...)`` compares with a value that the page itself gives (see `compare`).
+    """
+    if options or type(name) is not str or not re.fullmatch(r"[a-z]\w*\.\w+", name):
+        return compare(name, answer, **options)
+    found = _find(name)
+    expected = found.reference() if found.inputs is None else found.reference
+    compare(answer, expected, hint=found.hint, inputs=found.inputs, tolerance=found.tolerance, name=name)
+
+
+def compare(
     answer: Any,
     expected: Any,
     *,
     hint: str = "",
     inputs: Sequence[tuple] | None = None,
     tolerance: float = 1e-6,
+    name: str = "",
 ) -> None:
     """Print one line: ○ not answered yet (`...`, None, a function that returns it), ✓ right, or ✗.
 
@@ -133,6 +212,7 @@ def check(
         except Exception:
             verdict = "it stops with an error that cannot be printed"
     if verdict is None:
-        print("○ Not answered yet. Replace the ... above, then run this cell again.")
+        help_ = f' gl.hint("{name}") helps.' if name else ""
+        print(f"○ Not answered yet. Replace the ... above, then run this cell again.{help_}")
     else:
         print(f"✗ Not yet: {verdict}. {hint}".rstrip() if verdict else "✓ Right.")

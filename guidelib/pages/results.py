@@ -31,15 +31,21 @@ def verdict_table(verdicts: Sequence[Verdict], *, caption: str = "") -> Output:
 
 
 def _row(v: Verdict) -> dict[str, str | int]:
-    there = v.difference is not None
     return {
         "method": v.method,
         "rate": f"{v.lr:g}{'*' if v.edge else ''}",
         "seeds": len(v.scores),
         "test score": f"{v.mean:.1f} ± {v.deviation:.1f}",
-        "difference": f"{_signed(v.difference)} [{_signed(v.low)}, {_signed(v.high)}]" if there else "–",
-        "verdict": v.verdict if there else "–",
+        "difference": difference(v),
+        "verdict": "–" if v.difference is None else v.verdict,
     }
+
+
+def difference(v: Verdict) -> str:
+    """In points with its interval, such as "+2.5 [+1.5, +3.6]"."""
+    if v.difference is None:
+        return "–"
+    return f"{_signed(v.difference)} [{_signed(v.low)}, {_signed(v.high)}]"
 
 
 def _signed(points: float) -> str:

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import sys
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from html import escape
@@ -91,8 +90,8 @@ def _text(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
-    return str(value)
+        value = f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+    return re.sub(r"^[-−](?=0(\.0*)?$)", "", str(value))  # no negative zero
 
 
 # One listener on the document serves every slider of a page. It needs no ids, so equal sliders do not clash,
@@ -187,7 +186,7 @@ def slider(
     return Output(text_html=html + _SCRIPT, image_png=png, text_plain=words)
 
 
-def _live() -> bool:
+def live() -> bool:
     """Whether somebody can use widgets: Colab, a Jupyter server or VS Code. GUIDELIB_LIVE decides first."""
     if chosen := os.environ.get("GUIDELIB_LIVE"):
         return chosen == "1"
@@ -210,7 +209,7 @@ def panel(function: Callable, **choices: Sequence):
         inspect.signature(function).bind(**choices)
     except TypeError as error:
         raise ValueError(f"choices must fit the arguments of the function: {error}.") from None
-    if not _live():
+    if not live():
         return print(f"Run this notebook live to choose {', '.join(choices)} here.")
     import ipywidgets
 
@@ -270,21 +269,3 @@ def table(rows: Sequence[Mapping[str, Any]], *, caption: str = "") -> Output:
         f"<thead>{head}</thead><tbody>{lines}</tbody></table></div>",
         text_plain="\n".join(filter(None, [caption, *map(text, [header, ["-" * w for w in widths], *body])])),
     )
-
-
-def show_source(thing: Any) -> Output:
-    """The source of a class, function or module as it runs here: a notebook teaches the code that it uses.
-
-    A fenced block, so that the site's or the notebook's own highlighter sets it, in light and dark.
-    Raises `TypeError` for what has no Python source.
-    """
-    try:
-        code = textwrap.dedent(inspect.getsource(thing)).rstrip()
-    except (TypeError, OSError):
-        kind = type(thing).__name__
-        raise TypeError(f"thing must be a class, function or module written in Python, not {kind}.") from None
-    path = inspect.getmodule(thing).__name__.replace(".", "/") + (
-        "/__init__" if hasattr(thing, "__path__") else ""
-    )
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
-    return Output(text_markdown=f"`{path}.py`\n\n{fence}python\n{code}\n{fence}\n", text_plain=code)

@@ -1,0 +1,68 @@
+"""What an experiment has found, for a page: the table of its verdicts, and the sentence that it comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from guidelib.core.method import expect
+from guidelib.experiments import compare
+from guidelib.experiments.base import Row
+from guidelib.experiments.verdict import Verdict
+from guidelib.pages.results import difference, verdict_table
+from guidelib.pages.viz import Output
+
+
+class Finding(Output):
+    """The table of `verdict_table` and a sentence with all of them.  Gives the `Verdict` of a method
+    by its label, so that a page can assert what it says.  verdicts: all of them, for the figures."""
+
+    def __init__(self, verdicts: Sequence[Verdict], reference: str, margin: float, caption: str):
+        self.verdicts = list(verdicts)
+        self.text = _sentence(self.verdicts, reference, margin)
+        shown = verdict_table(self.verdicts, caption=caption).bundle
+        super().__init__(
+            text_html=f"{shown['text/html']}<p>{escape(self.text)}</p>",
+            text_plain=f"{shown['text/plain']}\n{self.text}",
+        )
+
+    def __getitem__(self, label: str) -> Verdict:
+        found = {verdict.method: verdict for verdict in self.verdicts}
+        expect(label in found, "label", label, f"one of {', '.join(found)}")
+        return found[label]
+
+
+def finding(
+    result: Row,
+    reference: str,
+    *,
+    task: str | None = None,
+    methods: Sequence[str] | None = None,
+    margin: float = 1.0,
+    caption: str = "",
+) -> Finding:
+    """The verdicts on a stored result (see `guidelib.experiments.compare` for the arguments and errors), as a
+    table with the sentence that they come to."""
+    verdicts = compare(result, reference, task=task, methods=methods, margin=margin)
+    caption = caption or (
+        "Test score in per cent, mean ± standard deviation over the seeds. Difference from "
+        f"{reference} within pairs of equal seeds, with its 95 % interval. * at the edge of the rates tried."
+    )
+    return Finding(verdicts, reference, margin, caption)
+
+
+def _sentence(verdicts: Sequence[Verdict], reference: str, margin: float) -> str:
+    names = {
+        "above": "Above",
+        "equal": f"Equal within {margin:g} point{'s' * (margin != 1)}",
+        "open": "Not decided",
+        "below": "Below",
+        "none": "No verdict",
+    }
+    said = f"Against {reference}."
+    for kind, name in names.items():
+        of_kind = [v for v in verdicts if v.verdict == kind and v.method != reference]
+        each = [v.method if v.difference is None else f"{v.method} ({difference(v)})" for v in of_kind]
+        if each:
+            said += f" {name}: {'; '.join(each)}."
+    return said

@@ -1,0 +1,209 @@
+"""You are here: the five places in a block where a method can act, with those of one method lit.
+
+What is lit is read from the parts that the method attaches, not declared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+import guidelib
+from guidelib.core.attaching import Attachment, attach
+from guidelib.core.method import Method, expect
+from guidelib.core.points.part import Part
+from guidelib.core.points.sublayer import SublayerPart
+from guidelib.core.points.weight_delta import DeltaPart
+from guidelib.core.points.weight_space import WeightSpacePart
+from guidelib.pages.diagrams import Diagram
+from guidelib.pages.viz import Output
+
+PLACES = ("a weight", "a sub-layer’s output", "the context", "beside the network", "which parameters train")
+WEIGHTS = {"self.q": "q", "self.k": "k", "self.v": "v", "self.o": "o", "ffn.in": "in", "ffn.out": "out"}
+SPOTS = {  # what can be lit -> how, and which place that is
+    **dict.fromkeys(WEIGHTS.values(), {"beside": 1, "recomputed": 1, "trained": 5, "bias": 5}),
+    **dict.fromkeys(("attention", "FFN"), {"behind": 2, "beside": 2}),
+    "norms": {"beside": 1, "trained": 5},
+    "context": {"added": 3},
+    "keys and values": {"added": 3},
+    "side network": {"added": 4},
+}
+DEPTH = 12
+
+
+def place(method: Method | str | Mapping[str, str]) -> Output:
+    """The drawing for a method, for the name of one of guidelib's (with its defaults), or for spots that you
+    name, each with what happens there, such as {"context": "added"} (see `SPOTS`).
+
+    Raises ValueError for an unknown name, spot or way.
+    """
+    if isinstance(method, str):
+        known = [name for names in guidelib.METHODS.values() for name in names]
+        expect(method in known, "method", method, f"one of {', '.join(known)}")
+        method = getattr(guidelib, method)()
+    where = ""
+    if isinstance(method, Method):
+        lit, where = _lit(method)
+    else:
+        for spot, how in method.items():
+            expect(spot in SPOTS, "spot", spot, f"one of {', '.join(SPOTS)}")
+            expect(how in SPOTS[spot], f"spot {spot!r}", how, f"one of {', '.join(SPOTS[spot])}")
+        lit = list(method.items())
+    numbers = {SPOTS[spot][how] for spot, how in lit}
+    words = _words(lit, where)
+    diagram = _draw(lit, numbers, words)
+    items = "".join(
+        f"<li><strong>{name} (here)</strong></li>" if n in numbers else f"<li>{name}</li>"
+        for n, name in enumerate(PLACES, 1)
+    )
+    dashed = ", dashed is recomputed" if any(how == "recomputed" for _, how in lit) else ""
+    html = (
+        '<figure class="guidelib-diagram guidelib-place" style="margin:0;color:inherit;display:flex;'
+        'flex-wrap:wrap;align-items:center;gap:.5rem 2rem">'
+        f'<div style="flex:0 1 {diagram.size[0]}px;min-width:15rem">{diagram.svg()}</div>'
+        '<figcaption style="flex:1 1 14rem;padding:0;color:inherit;text-align:left">'
+        f'<ol style="margin:0 0 .5rem;padding-left:1.4rem">{items}</ol>{words} '
+        f"Grey is frozen, orange is trained{dashed}.</figcaption></figure>"
+    )
+    return Output(text_html=html, text_plain=diagram.alt)
+
+
+Lit = list[tuple[str, str]]  # spots, each with how it is lit; one may be so in two ways
+
+
+def _lit(method: Method) -> tuple[Lit, str]:
+    """What the method lights, and in which of the blocks, on a BERT of 12 blocks without numbers."""
+    with torch.device("meta"):
+        model = BertForSequenceClassification(BertConfig(num_hidden_layers=DEPTH))
+        attachment = attach(model, method)
+    found = [*map(_of_part, attachment.parts), *_of_selection(attachment)]
+    lit = list(dict.fromkeys(pair for pairs, _ in found for pair in pairs))
+    layers = set().union(*(at for _, at in found))
+    if not layers or len(layers) == DEPTH:
+        return lit, ", in every block" if layers else ""
+    upper = sorted(layers) == list(range(min(layers), DEPTH))
+    return lit, f", in {'the upper ' * upper}{len(layers)} of {DEPTH} blocks"
+
+
+def _of_part(part: Part) -> tuple[Lit, set[int]]:
+    every = set(range(DEPTH))
+    trained = any(p.requires_grad for p in part.parameters())
+    if isinstance(part, DeltaPart):
+        return [(WEIGHTS[part.site.role], "beside")], {part.site.layer}
+    if isinstance(part, SublayerPart):
+        spot = "FFN" if part.sublayer.role == "ffn" else "attention"
+        return [(spot, "beside" if part.reads == "input" else "behind")], {part.sublayer.layer}
+    if isinstance(part, WeightSpacePart) and trained:
+        return [(spot, "beside") for spot in (*WEIGHTS.values(), "norms")], every
+    if isinstance(part, WeightSpacePart) or any(buffer.numel() for buffer in part.buffers()):
+        return [(spot, "recomputed") for spot in WEIGHTS.values()], every  # the base in another form
+    return [], set()  # one that switches others
+
+
+def _of_selection(attachment: Attachment) -> list[tuple[Lit, set[int]]]:
+    found = []
+    for site in attachment.anatomy.linears("all"):
+        weight, bias = site.module.weight, site.module.bias
+        how = "trained" if weight.requires_grad else "bias" if bias.requires_grad else None
+        if how:
+            found.append(([(WEIGHTS[site.role], how)], {site.layer}))
+    if any(p.requires_grad for p in attachment.anatomy.norms().values()):
+        found.append(([("norms", "trained")], set()))
+    return found
+
+
+def _words(lit: Lit, where: str) -> str:
+    if not lit:
+        return "It acts nowhere in a block: the task head alone is trained."
+    sentence = {
+        "beside": "beside {}",
+        "behind": "behind {}",
+        "trained": "trained in place: {}",
+        "bias": "the biases of {}",
+        "recomputed": "rebuilt from a smaller form: {}",
+        "added": "added: {}",
+    }
+    groups: dict[str, list[str]] = {}
+    for spot, how in lit:
+        groups.setdefault(how, []).append(f"the {spot}" if spot in ("FFN", "norms") else spot)
+    parts = []
+    for how, spots in groups.items():
+        listed = " and ".join(filter(None, (", ".join(spots[:-1]), spots[-1])))
+        parts.append(sentence[how].format(listed))
+    text = f"{'; '.join(parts)}{where}."
+    return text[0].upper() + text[1:]
+
+
+def _draw(lit: Lit, numbers: set[int], words: str) -> Diagram:
+    d = Diagram(300, 330, alt=f"A transformer block with the five places where a method can act. {words}")
+    middle, left, right = 140, 45, 235
+
+    def weight(x: float, y: float, width: float, name: str) -> None:
+        recomputed = "skipped" if (name, "recomputed") in lit else "frozen"
+        d.box(x, y, width, 24, name, "trained" if (name, "trained") in lit else recomputed)
+        if (name, "beside") in lit:
+            d.box(x + width + 2, y, 8, 24, kind="trained")
+        if (name, "bias") in lit:
+            d.box(x, y + 24, width, 5, kind="trained")
+
+    def sublayer(top: float, name: str, weights: list[str], gap: float) -> None:
+        d.box(left, top, right - left, 58, kind="frame")
+        d.text(left + 8, top + 13, name, anchor="start", size=12)
+        for i, each in enumerate(weights):
+            weight(left + 12 + i * gap, top + 27, gap - 14, each)
+        plus = top - 38
+        d.dot(
+            right - 14,
+            top + 13,
+            "1",
+            lit=any((w, h) in lit for w in weights for h in ("beside", "recomputed")),
+        )
+        d.line((middle, top + 70), (22, top + 70), (22, plus))
+        d.arrow((22, plus), (middle - 9, plus))
+        behind = (name, "behind") in lit
+        if behind:
+            d.line((middle, top), (middle, top - 7))
+            d.box(middle - 18, top - 21, 36, 14, kind="trained")
+        d.arrow((middle, top - 21 if behind else top), (middle, plus + 9))
+        d.text(middle, plus, "+", size=18)
+        d.dot(middle + 34, top - 14, "2", lit=any(spot == name for spot, _ in lit))
+        if (name, "beside") in lit:
+            d.box(right + 6, top + 10, 14, 40, kind="trained")
+            d.line((middle, top + 66), (right + 13, top + 66), (right + 13, top + 50))
+            d.arrow((right + 13, top + 10), (right + 13, plus), (middle + 9, plus))
+
+    def norm(top: float) -> None:
+        trained = ("norms", "trained") in lit
+        d.box(left, top, right - left, 18, kind="trained" if trained else "frozen")
+        d.text(middle, top + 9, "norm", size=12)
+        if ("norms", "beside") in lit:
+            d.box(right + 2, top, 8, 18, kind="trained")
+            d.dot(right + 22, top + 9, "1", lit=True)
+        d.dot(left - 12, top + 9, "5", lit=5 in numbers)
+
+    d.text(middle, 318, "x", size=15)
+    d.arrow((middle, 308), (middle, 290))
+    d.dot(middle + 26, 318, "3", lit=("context", "added") in lit)
+    if ("context", "added") in lit:
+        d.box(middle - 62, 309, 46, 18, kind="trained")
+    sublayer(232, "attention", ["q", "k", "v", "o"], 44)
+    if ("keys and values", "added") in lit:
+        d.box(right + 10, 252, 26, 26, kind="trained")
+        d.arrow((right + 10, 265), (right, 265), kind="trained")
+        d.dot(right + 23, 240, "3", lit=True)
+    d.line((middle, 185), (middle, 178))
+    norm(160)
+    d.arrow((middle, 160), (middle, 142))
+    sublayer(84, "FFN", ["in", "out"], 88)
+    d.line((middle, 37), (middle, 30))
+    norm(12)
+    d.arrow((middle, 12), (middle, 0))
+    side = ("side network", "added") in lit
+    if side:
+        d.box(270, 20, 22, 200, kind="trained")
+        for y in (151, 34):
+            d.arrow((middle, y), (270, y), kind="trained")
+    d.dot(281, 120, "4", lit=side)
+    return d

@@ -1,0 +1,243 @@
+"""What a page shows of costs: one table of what its methods cost, one of the survey's claims beside it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from guidelib.core.attaching import Count, attach
+from guidelib.core.method import Method, expect
+from guidelib.costs import kernels as operations
+from guidelib.costs import saved_bytes
+from guidelib.costs.measure import Costs, measure
+from guidelib.materials.backbones import load_backbone
+from guidelib.pages.viz import Output, live, table
+from guidelib.selective.anchors import FullFineTuning
+from guidelib.survey import row
+
+MiB = 2**20
+TERMS = ("weights", "gradients", "optimiser", "saved activations")
+
+
+@dataclass(frozen=True)
+class Price:
+    """What one method costs.  memory: for each batch size the bytes of the four `TERMS` of a training step.
+    forward_flops, backward_flops: of a step at the first batch size.  operations: of one forward pass at
+    inference with the method attached; merged: the same once merged, None where it cannot be; base: without
+    it.  exact: whether what the sizes alone predict is what was measured, None where nothing is predicted."""
+
+    count: Count
+    file_bytes: int
+    memory: tuple[dict[str, int], ...]
+    forward_flops: int
+    backward_flops: int
+    operations: int
+    merged: int | None
+    base: int
+    exact: bool | None
+
+    @property
+    def totals(self) -> tuple[int, ...]:
+        """Bytes of a training step, for each batch size."""
+        return tuple(sum(terms.values()) for terms in self.memory)
+
+
+class CostTable(Output):
+    """A table of costs, which gives the `Price` of a method by its label.  full: the label of full
+    fine-tuning, None where it is not among the methods."""
+
+    def __init__(self, prices: Mapping[str, Price], full: str | None, batches: Sequence[int], length: int):
+        self.prices, self.full = dict(prices), full
+        self.exact = {price.exact for price in prices.values()} == {True}
+        rows = [_row(label, price, self.prices.get(full), batches) for label, price in prices.items()]
+        if len(rows) <= 5:  # a quantity a row: that fits a page
+            names = list(rows[0])[1:]
+            rows = [{"": name} | {each["method"]: each[name] for each in rows} for name in names]
+        sizes = " or ".join(map(str, batches))
+        caption = (
+            f"One training step on {sizes} texts of {length} tokens. Memory in MiB; in brackets, of full."
+        )
+        if self.exact:
+            caption += " Saved activations and FLOPs are exactly what the sizes alone predict."
+        super().__init__(**{k.replace("/", "_"): v for k, v in table(rows, caption=caption).bundle.items()})
+
+    def __getitem__(self, label: str) -> Price:
+        expect(label in self.prices, "label", label, f"one of {', '.join(self.prices)}")
+        return self.prices[label]
+
+
+def cost_table(
+    methods: Mapping[str, Method],
+    *,
+    backbone: str = "minilm",
+    task: str | None = "movie-reviews",
+    batches: Sequence[int] = (8, 32),
+    length: int = 32,
+) -> CostTable:
+    """Measure what each method costs on ``backbone`` with the head of ``task``: the three counts, the file,
+    the four terms of memory at each size of batch, floating-point operations, operations of a forward pass.
+
+    Every figure is the same on every machine.  In a live notebook, the latency of each method is printed as
+    well, as a ratio of paired times.  Raises ValueError for no methods or impossible sizes.
+    """
+    expect(bool(methods), "methods", methods, "at least one, by its label")
+    sizes = [*batches, length]
+    right = bool(batches) and all(isinstance(n, int) and n >= 1 for n in sizes)
+    expect(right, "batches", (batches, length), "whole numbers of at least 1")
+    model, _ = load_backbone(backbone, task)
+    inputs = [_batch(model, size, length) for size in batches]
+    base = operations(model, inputs[0])
+    prices = {label: _price(model, method, base, inputs) for label, method in methods.items()}
+    if live():
+        for label, method in methods.items():
+            ratio = _latency(model, method, _batch(model, 1, length))
+            print(f"{label}: a forward pass of one text takes {ratio:.2f} times as long as the base's")
+    full = next((label for label, method in methods.items() if method == FullFineTuning()), None)
+    return CostTable(prices, full, batches, length)
+
+
+def survey_table(method: str, found: CostTable, *labels: str) -> Output:
+    """The survey's rows for ``method`` (by the name that it prints) beside what was measured, a column for
+    each of the ``labels`` of a cost table that holds full fine-tuning.
+
+    Raises ValueError for a name that the survey or the table does not have.
+    """
+    expect(found.full is not None, "found", list(found.prices), "a cost table with full fine-tuning")
+    expect(bool(labels), "labels", labels, f"one or more of {', '.join(found.prices)}")
+    first, second, full = row(method), row(method, 2), found[found.full]
+    claims = [
+        ("trained, %", first.trainable, None),
+        ("changed, %", first.changed, None),
+        ("storage efficient", first.storage, second.storage),
+        ("memory efficient", first.memory, second.memory),
+        ("reduces backpropagation", first.backprop, second.backprop),
+        ("overhead at inference", first.overhead, second.overhead),
+    ]
+    measured = {label: _measured(found[label], full) for label in labels}
+    rows = [
+        {"": claim, "survey v1": one, "survey v2": two} | {label: measured[label][claim] for label in labels}
+        for claim, one, two in claims
+    ]
+    return table(rows, caption=f"{method}: the survey's claims, and what was measured in the table above.")
+
+
+def _measured(price: Price, full: Price) -> dict[str, str]:
+    count, less = price.count, price.file_bytes < full.file_bytes
+    memory = [mine / whole for mine, whole in zip(price.totals, full.totals, strict=True)]
+    more = f"+{price.operations - price.base} operations on {price.base}"
+    if price.merged is not None:
+        more += f", +{price.merged - price.base} once merged"
+    return {
+        "trained, %": f"{100 * count.trainable / count.total:.2f}",
+        "changed, %": f"{100 * count.changed / count.total:.1f}",
+        "storage efficient": f"{_yes(less)}: {price.file_bytes / MiB:.2f} of {full.file_bytes / MiB:.1f} MiB",
+        "memory efficient": f"{_yes(max(memory) < 1)}: {' and '.join(f'{m:.2f}' for m in memory)} of full",
+        "reduces backpropagation": f"{price.backward_flops / full.backward_flops:.2f} of full's FLOPs",
+        "overhead at inference": more,
+    }
+
+
+def _yes(condition: bool) -> str:
+    return "yes" if condition else "no"
+
+
+def _row(label: str, price: Price, full: Price | None, batches: Sequence[int]) -> dict[str, str | int]:
+    def of(value: float, whole: float | None) -> str:
+        return "" if full is None else f" ({value / whole:.2f})"
+
+    def mib(size: int) -> str:
+        return f"{size / MiB:.2f}" if size < 100 * MiB else f"{size / MiB:.1f}"
+
+    memory = {term: mib(price.memory[0][term]) for term in TERMS[:-1]}
+    memory |= {
+        f"{TERMS[-1]}, batch {n}": mib(m[TERMS[-1]]) for n, m in zip(batches, price.memory, strict=True)
+    }
+    for i, size in enumerate(batches):
+        memory[f"total, batch {size}"] = mib(price.totals[i]) + of(price.totals[i], full and full.totals[i])
+    flops = price.forward_flops + price.backward_flops
+    merged = "" if price.merged is None else f", {price.merged} merged"
+    return {
+        "method": label,
+        "trained parameters": price.count.trainable,
+        "stored": price.count.stored,
+        "changed": price.count.changed,
+        "file": mib(price.file_bytes),
+        **memory,
+        f"GFLOPs, batch {batches[0]}": f"{flops / 1e9:.1f}"
+        + of(flops, full and full.forward_flops + full.backward_flops),
+        "operations, forward": f"{price.operations}{merged}",
+    }
+
+
+def _price(model: PreTrainedModel, method: Method, base: int, inputs: Sequence[dict]) -> Price:
+    attachment = attach(model, method)
+    try:
+        cost = measure(model, inputs[0])
+        terms = _terms(cost, model)
+        acting, merged = operations(model, inputs[0]), None
+        kept = [cost.saved_bytes, *(saved_bytes(model, batch) for batch in inputs[1:])]
+        if attachment.parts and attachment.mergeable:
+            attachment.merge()
+            merged = operations(model, inputs[0])
+        return Price(
+            count=cost.count,
+            file_bytes=cost.file_bytes,
+            memory=tuple(terms | {TERMS[-1]: size} for size in kept),
+            forward_flops=cost.forward_flops,
+            backward_flops=cost.backward_flops,
+            operations=acting,
+            merged=merged,
+            base=base,
+            exact=_exact(cost),
+        )
+    finally:
+        attachment.detach()
+
+
+def _terms(cost: Costs, model: PreTrainedModel) -> dict[str, int]:
+    """Bytes of the terms that do not depend on the batch."""
+    tensors = (*model.parameters(), *model.buffers())
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return {
+        "weights": sum(storages.values()),
+        "gradients": cost.gradient_bytes,
+        "optimiser": cost.optimizer_bytes,
+    }
+
+
+def _exact(cost: Costs) -> bool | None:
+    said = cost.predicted
+    names = ("saved_bytes", "forward_flops", "backward_flops")
+    return None if said is None else all(getattr(said, name) == getattr(cost, name) for name in names)
+
+
+def _batch(model: PreTrainedModel, rows: int, length: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, min(2000, model.config.vocab_size), (rows, length), generator=generator)
+    classes = getattr(model, "classifier", None) or getattr(model, "score", None)
+    labels = torch.arange(rows) % model.config.num_labels if classes else ids.clone()
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+
+def _latency(model: PreTrainedModel, method: Method, batch: dict, pairs: int = 30) -> float:
+    """The median of paired times, with the method attached over without."""
+
+    @torch.inference_mode()
+    def seconds() -> float:
+        start = time.perf_counter()
+        model(**batch)
+        return time.perf_counter() - start
+
+    ratios = []
+    for _ in range(pairs):
+        without = seconds()
+        attachment = attach(model, method)
+        ratios.append(seconds() / without)
+        attachment.detach()
+    return statistics.median(ratios)

@@ -1,0 +1,152 @@
+"""What pages show of costs and of results: the numbers are those of the library, told in one way."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import guidelib as gl
+from guidelib.experiments import earlier
+from guidelib.pages import prices
+
+METHODS = {
+    "full": gl.FullFineTuning(),
+    "head": gl.HeadOnly(),
+    "LoRA": gl.LoRA(r=2),
+    "adapter": gl.PfeifferAdapter(r=4),
+}
+
+
+@pytest.fixture(scope="module")
+def found():
+    return gl.cost_table(METHODS, backbone="tiny-bert", batches=(2, 5), length=7)
+
+
+def cells(output):
+    """The rows of a table as text, split where the columns are."""
+    return {
+        line[0]: line[1:]
+        for line in (re.split(r"\s{2,}", line.strip()) for line in repr(output).splitlines())
+    }
+
+
+def test_the_prices_are_what_is_measured(found):
+    for label, method in METHODS.items():
+        model, _ = gl.load_backbone("tiny-bert", task="movie-reviews")
+        peft = gl.attach(model, method)
+        for size, memory in zip((2, 5), found[label].memory, strict=True):
+            cost = gl.measure(model, prices._batch(model, size, 7))
+            assert memory["saved activations"] == cost.saved_bytes
+            trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+            assert (memory["gradients"], memory["optimiser"]) == (trained, 2 * trained)
+            assert memory["weights"] == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+        assert found[label].count == peft.count() and found[label].file_bytes == cost.file_bytes
+        assert found[label].totals == tuple(sum(memory.values()) for memory in found[label].memory)
+    assert found.full == "full" and found.exact and found["LoRA"].exact
+
+
+def test_merged_models_have_the_base_s_operations(found):
+    assert found["LoRA"].merged == found["LoRA"].base < found["LoRA"].operations
+    assert found["adapter"].merged is None and found["head"].operations == found["head"].base
+
+
+def test_the_table_says_them(found):
+    rows = cells(found)
+    assert rows["trained parameters"] == [f"{found[label].count.trainable:,}" for label in METHODS]
+    share = found["LoRA"].totals[1] / found["full"].totals[1]
+    assert rows["total, batch 5"][2].endswith(f"({share:.2f})")
+    assert rows["operations, forward"][2] == f"{found['LoRA'].operations}, {found['LoRA'].base} merged"
+    many = gl.cost_table(
+        {str(r): gl.LoRA(r=r) for r in range(1, 7)}, backbone="tiny-bert", batches=(1,), length=3
+    )
+    assert list(cells(many))[-6:] == [str(r) for r in range(1, 7)]  # a method a row, where there are many
+    assert many.full is None and "(" not in repr(many).split("\n", 3)[-1]
+
+
+def test_the_survey_s_rows_stand_beside(found):
+    rows = cells(gl.survey_table("LoRA", found, "LoRA", "adapter"))
+    assert rows["memory efficient"][:2] == ["yes", "yes"]
+    shares = [a / b for a, b in zip(found["LoRA"].totals, found["full"].totals, strict=True)]
+    assert rows["memory efficient"][2] == f"yes: {shares[0]:.2f} and {shares[1]:.2f} of full"
+    assert rows["storage efficient"][2].startswith("yes: ")
+    assert rows["overhead at inference"][2].endswith("+0 once merged")
+    assert "merged" not in rows["overhead at inference"][3]
+    assert cells(gl.survey_table("DiffPruning", found, "full"))["memory efficient"][2].startswith("no: 1.00")
+
+
+def test_prices_refuse(found):
+    with pytest.raises(ValueError, match="methods must be at least one"):
+        gl.cost_table({})
+    with pytest.raises(ValueError, match="batches must be whole numbers"):
+        gl.cost_table(METHODS, batches=(0,))
+    with pytest.raises(ValueError, match="label must be one of full, head, LoRA, adapter, got 'LORA'"):
+        found["LORA"]
+    with pytest.raises(ValueError, match="labels must be one or more of"):
+        gl.survey_table("LoRA", found)
+    alone = gl.cost_table({"LoRA": gl.LoRA(r=1)}, backbone="tiny-bert", batches=(1,), length=3)
+    with pytest.raises(ValueError, match="found must be a cost table with full fine-tuning"):
+        gl.survey_table("LoRA", alone, "LoRA")
+
+
+def test_latency_is_printed_in_a_live_notebook_only(capsys, monkeypatch):
+    for live, lines in (("0", 0), ("1", 1)):
+        monkeypatch.setenv("GUIDELIB_LIVE", live)
+        gl.cost_table({"LoRA": gl.LoRA(r=1)}, backbone="tiny-bert", batches=(1,), length=3)
+        assert capsys.readouterr().out.count("times as long") == lines
+
+
+def test_other_kinds_of_backbone_are_priced():
+    for backbone in ("tiny-gpt2", "tiny-t5-random"):
+        table = gl.cost_table({"LoRA": gl.LoRA(r=2)}, backbone=backbone, task=None, batches=(2,), length=5)
+        assert all(value > 0 for value in table["LoRA"].memory[0].values())
+
+
+def result(differences):
+    """Three seeds of a reference and of methods that differ from it by so much."""
+    runs = []
+    for method, gaps in {"LoRA": (0, 0, 0), **differences}.items():
+        for lr in (1, 2, 3):
+            for seed, gap in enumerate(gaps):
+                score = 0.8 + (gap + seed) / 100 - 0.2 * (lr != 2)
+                scores = {"validation": {"accuracy": score, "loss": 1.0}, "test": {"accuracy": score}}
+                runs.append({"method": method, "lr": lr, "seed": seed} | scores)
+    methods = {method: [{}, [1, 2, 3]] for method in ("LoRA", *differences)}
+    return {"settings": {"task": "reviews", "seeds": [0, 1, 2], "methods": methods}, "runs": runs}
+
+
+def test_a_finding_says_every_verdict():
+    differences = {"up": (3, 3.1, 3), "same": (0, 0.1, 0), "down": (-2, -2.1, -2), "who knows": (3, -2, 1)}
+    finding = gl.finding(earlier.present(result(differences)), "LoRA")
+    kinds = {"up": "above", "same": "equal", "down": "below", "who knows": "open", "LoRA": "none"}
+    assert {label: finding[label].verdict for label in kinds} == kinds
+    mean = np.mean(differences["up"])
+    assert f"Above: up (+{mean:.1f} [" in finding.text and finding.text.startswith("Against LoRA. Above")
+    assert [finding.text.index(name) for name in ("up", "same", "who knows", "down")] == sorted(
+        finding.text.index(name) for name in differences
+    )
+    assert finding.text in repr(finding) and "Equal within 1 point: same" in finding.text
+    assert "LoRA (" not in finding.text
+    with pytest.raises(ValueError, match="label must be one of"):
+        finding["sideways"]
+
+
+def test_earlier_results_are_put_together():
+    both = earlier.present(result({"a": (1, 1, 1)}), result({"b": (2, 2, 2)}))
+    assert {"a", "b", "LoRA"} == set(both["settings"]["methods"])
+    assert gl.finding(both, "LoRA", methods=["b"])["b"].difference == pytest.approx(2)
+
+
+def test_a_recording_looks_after_each_step():
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    with gl.recording(lambda: float(weight)) as seen:
+        for _ in range(3):
+            weight.grad = torch.tensor(-1.0)
+            optimizer.step()
+    optimizer.step()
+    assert seen == [0, 1, 2, 3]
+    with pytest.raises(ZeroDivisionError), gl.recording(lambda: float(weight)) as seen:
+        raise ZeroDivisionError
+    optimizer.step()
+    assert len(seen) == 1
