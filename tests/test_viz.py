@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from bs4 import BeautifulSoup
-from matplotlib.colors import to_rgb
+from matplotlib.colors import rgb_to_hsv, to_rgb
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -65,6 +65,15 @@ def lab(rgb):
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
+# What hue-rotate(180deg) does to RGB: W3C, Filter Effects Module Level 1, section 9.9.
+HALF_TURN = [[-0.574, 1.430, 0.144], [0.426, 0.430, 0.144], [0.426, 1.430, -0.856]]
+
+
+def dark(rgb):
+    """A colour of a picture on a dark page, after guide.css: invert(0.93) hue-rotate(180deg)."""
+    return np.clip(HALF_TURN @ (0.93 - 0.86 * np.asarray(rgb)), 0, 1)
+
+
 def test_the_tests_cover_all_colours():
     assert set(viz.COLOURS) == set(itertools.chain(*TOGETHER))
 
@@ -72,16 +81,24 @@ def test_the_tests_cover_all_colours():
 @pytest.mark.parametrize("names", TOGETHER, ids="-".join)
 @pytest.mark.parametrize("sight", SIGHT)
 def test_colours_that_appear_together_differ_for_every_sight(names, sight):
-    seen = {name: lab(np.clip(SIGHT[sight] @ linear(to_rgb(viz.COLOURS[name])), 0, 1)) for name in names}
-    for a, b in itertools.combinations(names, 2):
-        assert np.linalg.norm(seen[a] - seen[b]) > 20, (a, b)
+    for page, least in ((np.asarray, 20), (dark, 18)):
+        shown = {name: linear(page(to_rgb(viz.COLOURS[name]))) for name in names}
+        seen = {name: lab(np.clip(SIGHT[sight] @ colour, 0, 1)) for name, colour in shown.items()}
+        for a, b in itertools.combinations(names, 2):
+            assert np.linalg.norm(seen[a] - seen[b]) > least, (a, b)
+
+
+def test_a_picture_lies_on_the_dark_page_and_keeps_its_hues():
+    assert np.allclose(255 * dark((1, 1, 1)), 18, atol=0.5)  # the theme's #121212
+    for name in ("method", "other", "predicted"):
+        before, after = (
+            rgb_to_hsv(colour)[0] for colour in (to_rgb(viz.COLOURS[name]), dark(to_rgb(viz.COLOURS[name])))
+        )
+        assert abs(before - after) < 0.03, name
 
 
 @pytest.mark.parametrize("name", viz.COLOURS)
 def test_colours_stand_out_from_the_background(name):
-    def dark(rgb):  # the theme's filter for images: brightness(.8) contrast(1.2)
-        return np.clip((np.asarray(rgb) * 0.8 - 0.5) * 1.2 + 0.5, 0, 1)
-
     rgb = to_rgb(viz.COLOURS[name])
     assert contrast(rgb, (1, 1, 1)) > 3
     assert contrast(dark(rgb), dark((1, 1, 1))) > 3
