@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 
 from guidelib.core.anatomy import ADDED, Anatomy
 from guidelib.core.fingerprint import difference, difference_from_first
+from guidelib.core.values import has_values
 
 try:
     import fcntl
@@ -148,7 +149,8 @@ def checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        if has_values(tensor):
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
