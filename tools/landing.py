@@ -87,7 +87,7 @@ def bar(name: str, shown: Memory, full: Memory) -> str:
     share = "" if shown is full else f", {100 * shown.total / full.total:.0f} % of full"
     return (
         f"<p><strong>{escape(name)}</strong><span>{shown.total:.1f} MiB{share} · "
-        f"trains {shown.trained:,} numbers</span></p>\n"
+        f"trains {shown.trained:,} parameters</span></p>\n"
         f'<div class="guide-bar" role="img" aria-label="{escape(name)}: {words}.">{pieces}</div>'
     )
 
