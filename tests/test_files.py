@@ -545,6 +545,7 @@ TOO_LARGE = [
     gl.AdapterFusion(2, gl.PfeifferAdapter(r=10**9)),
     gl.LoRA(r=2) + gl.AdapterDrop(gl.Adapter(r=10**30), 1),
     gl.Sum((gl.PfeifferAdapter(r=1),) * 5000),
+    gl.Sum((gl.NF4(),) * 3000),
 ]
 
 
@@ -556,6 +557,17 @@ def test_a_small_file_is_not_work_for_minutes(bert, saved, method):
     start = time.process_time()
     assert refused(bert, before, saved)
     assert time.process_time() - start < 3
+
+
+def test_no_more_is_made_than_a_file_holds(bert, saved, monkeypatch):
+    """And no random numbers are drawn for what its tensors cannot be."""
+    tensors, metadata = contents(saved)
+    store(tensors, saved, metadata | {"method": json.dumps(gl.Adapter(r=50_000).to_json())})
+    monkeypatch.setattr(nn.init, "trunc_normal_", lambda *args, **kwargs: pytest.fail("drawn"))
+    with pytest.raises(
+        ValueError, match=r"a.safetensors' does not fit: the file holds less than Adapter\(r=50000"
+    ):
+        gl.load(bert, saved)
 
 
 @pytest.mark.parametrize("method", [TOO_LARGE[i] for i in (0, 1, 2, 4, 5, 7, 8)], ids=lambda m: repr(m)[:60])
