@@ -109,9 +109,14 @@ def _attach(
         brought = base.keys() & saved.keys()
         selected = method.select(anatomy) | anatomy.task_head() | (brought - method.rewrites(anatomy))
     fork = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
-    with fork, mode_of(model), Bounded(method, base, saved):
-        torch.manual_seed(seed)
-        parts = method.parts(anatomy, saved or {})
+    bounded = Bounded(method, base, saved)
+    try:
+        with fork, mode_of(model), bounded:
+            torch.manual_seed(seed)
+            parts = method.parts(anatomy, saved or {})
+    except BaseException:
+        bounded.end()
+        raise
     return Attachment(model, method, anatomy, parts, selected, method.rewrites(anatomy), saved)
 
 

@@ -13,7 +13,12 @@ from typing import Any
 
 import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.overrides import TorchFunctionMode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 
 from guidelib.core.method import Method
 
@@ -34,6 +39,7 @@ class Bounded(TorchFunctionMode):
         self, method: Method, base: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor] | None
     ):
         super().__init__()
+        self.handle = None
         sizes = [p.numel() for p in base.values()]
         self.method, self.most = method, ENTRIES + 10 * sum(sizes)
         self.entries, self.calls, self.trained = self.most, math.inf, math.inf
@@ -50,6 +56,16 @@ class Bounded(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         self.handle.remove()
         super().__exit__(*error)
+
+    def end(self) -> None:
+        """Stop to act, from wherever entering or leaving the block was interrupted."""
+        if self.handle is not None:
+            self.handle.remove()
+        others = []
+        while self in _get_current_function_mode_stack():
+            others.append(_pop_mode())
+        for mode in reversed([mode for mode in others if mode is not self]):
+            _push_mode(mode)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
