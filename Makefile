@@ -24,7 +24,7 @@ book: .venv/.ready ## build the site from clean; every warning is an error
 	@$(BIN)/python -c "from pathlib import Path; print('The book:', Path('_build/html/index.html').resolve().as_uri())"
 
 test: browser .venv/.ready lint ## check everything: style, library, notebooks, built site, pages in a browser
-	$(TEST_ENV) OMP_NUM_THREADS=1 CHROMIUM="$(CHROMIUM)" $(BIN)/python -m pytest -n auto
+	$(TEST_ENV) OMP_NUM_THREADS=1 CHROMIUM="$(CHROMIUM)" $(BIN)/python -m pytest -n logical
 
 lint: .venv/.ready ## check the style of the code, the spelling of the prose, the order of the imports
 	$(BIN)/ruff check .

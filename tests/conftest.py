@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import notebook_rules as rules
 import pytest
 from playwright.sync_api import sync_playwright
 
 QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run"]
 QUIET += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-NO_NETWORK = ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
 
 
 def pytest_collection_finish():
@@ -43,14 +43,17 @@ def build_book() -> Callable[[Path, Path], Build]:
     return build
 
 
+@pytest.fixture(scope="session")
+def book(tmp_path_factory, build_book) -> Build:
+    """The book, built from clean outside the checkout, once for all tests."""
+    return build_book(rules.ROOT, tmp_path_factory.mktemp("book"))
+
+
 @pytest.fixture(scope="module")
 def browser():
-    """A headless Chromium that finds no other machine.
-
-    Closed with the module: its event loop would be in the way of a kernel's.
-    """
+    """A headless Chromium, closed with the module: its event loop would be in the way of a kernel's."""
     program = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=QUIET + NO_NETWORK)
+        browser = playwright.chromium.launch(executable_path=program, args=QUIET)
         yield browser
         browser.close()

@@ -1,9 +1,18 @@
-"""What is wrong in a page stops the build of the book."""
+"""The book builds from clean, and what is wrong in a page stops the build."""
 
 import shutil
 
 import notebook_rules as rules
 import pytest
+
+
+def test_the_book_builds_without_a_warning(book):
+    assert book.exit_code == 0, book.log
+
+
+@pytest.mark.parametrize("page", rules.pages())
+def test_every_listed_page_is_built(book, page):
+    assert (book.html / f"{page}.html").is_file()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The book builds from clean, and its pages in a real browser that has no network."""
+"""The built pages in a real browser that has no network."""
 
 import functools
 import http.server
@@ -19,26 +19,10 @@ THEME_VIOLATIONS = {
     # Sphinx marks a bibliography as a list, but its entries not as list items.
     ("aria-required-children", '<div role="list" class="citation-list">'),
 }
-# What fades in has a low contrast at first.
-NOTHING_MOVES = "() => document.getAnimations().forEach(animation => animation.finish())"
-DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args): ...
-
-    def do_GET(self):
-        if self.path == "/favicon.ico":  # a browser asks for it by itself, and the book has none
-            self.send_response(204)
-            self.end_headers()
-        else:
-            super().do_GET()
-
-
-@pytest.fixture(scope="module")
-def book(tmp_path_factory, build_book):
-    """The book, built from clean outside the checkout, once for all tests."""
-    return build_book(rules.ROOT, tmp_path_factory.mktemp("book"))
 
 
 @pytest.fixture(scope="module")
@@ -51,38 +35,31 @@ def site(book):
         server.shutdown()
 
 
-@pytest.fixture(scope="module")
-def tab(browser, site):
-    """One page of the browser for all pages of the book, and what happens in it.
+@pytest.fixture(scope="module", params=rules.pages())
+def opened(request, browser, site):
+    """One page of the table of contents in a fresh browser context, and what happened while it was open."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    seen = SimpleNamespace(name=request.param, page=context.new_page(), outside=[], errors=[], not_found=[])
 
-    A page of its own for each would load and compile the theme's scripts anew, and so would a route that
-    guards the network; the browser itself has none (tests/conftest.py).
-    """
-    context = browser.new_context(viewport=DESKTOP)
-    seen = SimpleNamespace(page=context.new_page(), outside=[], errors=[], not_found=[])
-    seen.page.on("request", lambda request: request.url.startswith(site) or seen.outside.append(request.url))
+    def guard(route):
+        if route.request.url.startswith(site):
+            route.continue_()
+        else:
+            seen.outside.append(route.request.url)
+            route.abort()
+
+    context.route("**/*", guard)
     seen.page.on("console", lambda message: message.type == "error" and seen.errors.append(message.text))
     seen.page.on("pageerror", lambda error: seen.errors.append(str(error)))
     seen.page.on("response", lambda response: response.status >= 400 and seen.not_found.append(response.url))
-    yield seen
-    context.close()
-
-
-@pytest.fixture(scope="module", params=rules.pages())
-def opened(request, tab, site):
-    """One page of the table of contents, and what happened since it was opened."""
-    for happened in (tab.outside, tab.errors, tab.not_found):
-        happened.clear()
-    tab.name = request.param
-    tab.page.set_viewport_size(DESKTOP)
-    tab.page.goto(f"{site}{request.param}.html", wait_until="load")
-    tab.page.evaluate("() => window.MathJax?.startup?.promise")
+    seen.page.goto(f"{site}{request.param}.html", wait_until="load")
+    seen.page.evaluate("() => window.MathJax?.startup?.promise")
     # Chapters fold away solutions; what is inside is tested too.
-    tab.page.evaluate(
+    seen.page.evaluate(
         "() => document.querySelectorAll('details').forEach(details => { details.open = true })"
     )
-    tab.page.evaluate(NOTHING_MOVES)
-    return tab
+    yield seen
+    context.close()
 
 
 def source_of(page):
@@ -94,15 +71,6 @@ def source_of(page):
         cells = rules.read(rules.ROOT / f"{page}.ipynb").cells
         text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     return re.sub(r"(`+)[^`].*?\1", "", text, flags=re.S)
-
-
-def test_the_book_builds_without_a_warning(book):
-    assert book.exit_code == 0, book.log
-
-
-@pytest.mark.parametrize("page", rules.pages())
-def test_every_listed_page_is_built(book, page):
-    assert (book.html / f"{page}.html").is_file()
 
 
 def test_mathematics_is_typeset(opened):
@@ -161,31 +129,13 @@ def test_sliders_move(opened):
         assert moved[1] == moved[2]
 
 
-def same_words_once(page):
-    """Leave of the highlighted code one word of each kind: thousands have the same few colours."""
-    page.evaluate("""() => {
-        const seen = new Set();
-        const kind = node => node.tagName === 'ARTICLE' ? '' :
-            `${node.tagName}.${node.className} ${node.getAttribute('style')} < ${kind(node.parentElement)}`;
-        for (const word of document.querySelectorAll('article .highlight span')) {
-            if (word.children.length) continue;
-            if (seen.has(kind(word))) word.replaceWith(word.textContent); else seen.add(kind(word));
-        }
-        document.querySelector('article').normalize();
-    }""")
-
-
-# After those that look at the code, before those on a small screen.
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_accessibility(opened, scheme):
-    same_words_once(opened.page)
     opened.page.evaluate("scheme => { document.documentElement.dataset.theme = scheme }", scheme)
-    opened.page.evaluate(NOTHING_MOVES)
     # Without preload: axe would look for the style sheets' own imports beside the page, and miss them.
-    options = {"resultTypes": ["violations"], "preload": False}
-    if scheme == "dark":  # what does not depend on colours was found in the light
-        options["runOnly"] = ["color-contrast", "link-in-text-block"]
-    results = Axe().run(opened.page, context="article", options=options)
+    results = Axe().run(
+        opened.page, context="article", options={"resultTypes": ["violations"], "preload": False}
+    )
     opened.page.evaluate("() => { document.documentElement.dataset.theme = 'light' }")
     problems = [
         f"{violation['id']}: {node['html'][:300]}\n{node['failureSummary']}"
@@ -208,19 +158,21 @@ def test_images_are_described(opened):
 
 
 def test_a_phone_need_not_scroll_sideways(opened):
-    opened.page.set_viewport_size(PHONE)
+    opened.page.set_viewport_size({"width": 390, "height": 844})
     width = opened.page.evaluate("() => document.documentElement.scrollWidth")
     widest = opened.page.evaluate("""() => [...document.querySelectorAll('article *')]
         .filter(node => node.getBoundingClientRect().right > 390).map(node => node.outerHTML.slice(0, 99))""")
+    opened.page.set_viewport_size({"width": 1280, "height": 900})
     assert width <= 390, f"the page is {width} px wide; perhaps because of {widest[:3]}"
 
 
 def test_the_menu_opens_on_a_phone(opened):
-    opened.page.set_viewport_size(PHONE)
+    opened.page.set_viewport_size({"width": 390, "height": 844})
     opened.page.locator("button.primary-toggle:visible").click()
     menu = opened.page.locator("#pst-primary-sidebar-modal")
     assert menu.is_visible() and menu.get_by_role("link", name="Notation").is_visible()
     opened.page.keyboard.press("Escape")
+    opened.page.set_viewport_size({"width": 1280, "height": 900})
 
 
 def test_colab_button(opened):
@@ -243,21 +195,17 @@ def test_nothing_is_asked_of_the_network_and_nothing_goes_wrong(opened):
     assert not [error for error in opened.errors if not error.startswith(THEME_ERRORS)]
 
 
-@functools.cache
-def parsed(path):
-    return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
-
-
-@functools.cache
-def ids(path):
-    return {node[name] for name in ("id", "name") for node in parsed(path).find_all(attrs={name: True})}
-
-
 @pytest.mark.parametrize("page", rules.pages())
 def test_local_links_lead_somewhere(book, page):
+    @functools.cache
+    def ids(path):
+        soup = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+        return {node[name] for node in soup.find_all(True) for name in ("id", "name") if node.has_attr(name)}
+
     here = f"http://site/{page}.html"
+    soup = BeautifulSoup((book.html / f"{page}.html").read_text(encoding="utf-8"), "html.parser")
     broken = []
-    for link in parsed(book.html / f"{page}.html").select("a[href], link[href]"):
+    for link in soup.select("a[href], link[href]"):
         address, anchor = urldefrag(urljoin(here, link["href"]))
         if not address.startswith("http://site/") or link["href"] in ("#", ""):
             continue

@@ -229,7 +229,8 @@ def _one_device(folder: str, **arguments: Any) -> TrainingArguments:
     """The Trainer's arguments for one device a process; by itself it takes ``torch.nn.DataParallel`` where it
     sees several, whose replicas would all act with the first one's parts.  torchrun and accelerate start a
     process for each device."""
-    chosen = TrainingArguments(folder, **arguments)
+    # each column is an input, which the Trainer cannot see where a part stands around the model's own forward
+    chosen = TrainingArguments(folder, remove_unused_columns=False, **arguments)
     chosen._n_gpu = min(chosen.n_gpu, 1)
     return chosen
 
