@@ -12,6 +12,7 @@ from functools import cached_property
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -423,7 +424,7 @@ def fault_of(layer: nn.Module) -> str:
     weight, forward = layer._parameters.get("weight"), vars(layer).get("forward")
     if weight is None or computes(layer):
         return f"is a {name} whose weight is computed before each pass (weight_norm, spectral_norm, pruning)"
-    if type(weight) is not nn.Parameter or not _is_number(weight):
+    if not (type(weight) is nn.Parameter or isinstance(weight, FakeTensor)) or not _is_number(weight):
         return f"is a {name} whose weight is a {type(weight).__name__} of {weight.dtype}"
     if _offloads(layer):
         return f"is a {name} whose weight accelerate offloads"
@@ -459,7 +460,7 @@ def _is_number(tensor: torch.Tensor) -> bool:
 def _quantised(layer: nn.Module) -> bool:
     """Whether ``layer`` is a linear map of known size that does not hold its weight as plain numbers."""
     weight = getattr(layer, "weight", None)
-    plain = type(weight) in (torch.Tensor, nn.Parameter) and _is_number(weight)
+    plain = type(weight) in (torch.Tensor, nn.Parameter, FakeTensor) and _is_number(weight)
     return not plain and _size(layer) is not None
 
 

@@ -15,7 +15,7 @@ from guidelib.core.attaching import Attachment, Count
 from guidelib.core.method import expect
 from guidelib.core.values import has_values
 from guidelib.costs.plan import MemoryPlan
-from guidelib.costs.shapes import file_size
+from guidelib.costs.shapes import file_size, on_shapes
 from guidelib.costs.step import Batch, Step, count_step, kernels
 
 
@@ -73,7 +73,8 @@ def measure(model: PreTrainedModel, batch: Batch, *, dropout: bool = False, keep
     expect(bool(trainable), "model", type(model).__name__, "a model with trainable parameters")
     options = {"dropout": dropout, "keep_less": keep_less}
     predicted = count_step(model, batch, **options, values=False)
-    step = count_step(model, batch, **options) if all(map(has_values, trainable)) else predicted
+    there = all(map(has_values, trainable))
+    step = count_step(model, batch, **options) if there else predicted
     gradients = sum(p.nbytes for p in trainable)
     attachment: Attachment | None = getattr(getattr(model, ADDED, None), "attachment", None)
     state = attachment.state() if attachment else dict(model.named_parameters())
@@ -91,7 +92,7 @@ def measure(model: PreTrainedModel, batch: Batch, *, dropout: bool = False, keep
         operations=step.operations,
         file_bytes=file_size(state, attachment.metadata() if attachment else None),
         predicted=predicted,
-        kernels=kernels(model, batch),
+        kernels=kernels(model if there else on_shapes(model), batch),
     )
 
 
