@@ -26,6 +26,7 @@ def show_source(thing: Any, *functions: str) -> Output:
     highlighter sets it, in light and dark.  Raises `TypeError` for what has no Python source, `ValueError`
     for a function that the class does not have.
     """
+    thing = inspect.unwrap(thing)  # of a function that is cached
     try:
         code = textwrap.dedent(inspect.getsource(thing)).rstrip()
     except (TypeError, OSError):
