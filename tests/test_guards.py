@@ -67,9 +67,7 @@ def pytest_in(project, *arguments):
     result = run(project, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--color=no", *arguments)
     # pytest takes nbval's file name for a dotted one, and xdist puts its worker and the outcome first
     result.stdout = result.stdout.replace("::ipynb::", ".ipynb::")
-    result.stdout = re.sub(
-        r"^\[gw\d+\] \[ *\d+%\] ([A-Z]+) (.*?) *$", r"\2 \1", result.stdout, flags=re.M
-    )
+    result.stdout = re.sub(r"^\[gw\d+\] \[ *\d+%\] ([A-Z]+) (.*?) *$", r"\2 \1", result.stdout, flags=re.M)
     return result
 
 
