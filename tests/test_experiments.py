@@ -274,7 +274,7 @@ def test_a_sum_in_a_plan(tmp_path):
         ("rate: 4.0e-3", "rate: 4e-3", "a learning rate such as 4.0e-3, got '4e-3'"),
         ("type: LoRA", "type: LORA", "method 'LORA' is unknown"),
         ("r: 2", "rank: 2", "'rank' is unknown"),
-        ("train: 16", "trian: 16", "trian"),
+        ("train: 16", "trains: 16", "trains"),
         ("seeds: 2", "sedes: 2", "sedes"),
         ("methods:", "methods: [", "parsing"),
     ],

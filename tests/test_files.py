@@ -580,7 +580,7 @@ def test_what_no_memory_holds_is_refused_before_it_is_made(bert, method):
 
 
 def test_a_block_of_four_bits_has_a_bound():
-    with pytest.raises(ValueError, match="block must be an even whole number from 2 to 65536, got 1000"):
+    with pytest.raises(ValueError, match="block must be an even whole number from 2 to 1,048,576, got 1000"):
         gl.NF4(block=10**12)
 
 

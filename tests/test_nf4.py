@@ -170,7 +170,7 @@ def test_an_impossible_block_is_refused(block):
         lambda: gl.QLoRA(block=block),
         lambda: Quantized(normal(4), block),
     ):
-        with pytest.raises(ValueError, match="block must be an even whole number from 2 to 65536, got "):
+        with pytest.raises(ValueError, match="block must be an even whole number from 2 to 1,048,576, got "):
             make()
 
 

@@ -138,8 +138,8 @@ def _blocks(flat: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _expect_block(block: object) -> None:
-    right = isinstance(block, int) and 0 < block <= 2**16 and block % 2 == 0
-    expect(right, "block", block, "an even whole number from 2 to 65536")
+    right = isinstance(block, int) and 0 < block <= 2**20 and block % 2 == 0
+    expect(right, "block", block, "an even whole number from 2 to 1,048,576")
 
 
 class _Linear(torch.autograd.Function):
