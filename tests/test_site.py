@@ -80,7 +80,7 @@ def opened(browser, book):
 
 def test_the_first_screen_says_what_this_is(opened):
     page = opened("book/intro")
-    title = page.locator("h1").first.evaluate("""node => [node.getBoundingClientRect().height,
+    title = page.locator("article h1").evaluate("""node => [node.getBoundingClientRect().height,
         parseFloat(getComputedStyle(node).fontSize)]""")
     assert title[0] < 2 * title[1], "the title takes more than one line"
     for part in (".guide-memory", ".guide-bar >> visible=true", ".guide-buttons a"):
