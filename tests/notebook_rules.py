@@ -2,10 +2,14 @@
 
 A rule takes a notebook and its path and yields one sentence per problem. tests/test_notebooks.py runs every
 rule on every notebook; tests/test_guards.py breaks a good notebook and looks whether the rule notices.
+
+The second half are the rules of the form, which CONTRIBUTING.md describes. Pages that were written before it
+may be excused from some of them: tests/not_yet.yaml lists which, and that list only shrinks.
 """
 
 import ast
-import importlib
+import functools
+import importlib.util
 import re
 import tomllib
 from collections.abc import Iterator
@@ -34,6 +38,14 @@ except ImportError:
     import guidelib as gl
 gl.setup(seed=0)"""
 SOLUTION = "#@title Solution (click to open)"
+TEMPLATE = ROOT / "notebooks/template.ipynb"  # to copy from; no page of the book
+
+_tool = importlib.util.spec_from_file_location("notebooks_tool", ROOT / "tools/notebooks.py")
+TOOL = importlib.util.module_from_spec(_tool)
+_tool.loader.exec_module(TOOL)
+NOT_YET = yaml.safe_load((ROOT / "tests/not_yet.yaml").read_text(encoding="utf-8"))
+
+INTERACTIVE = ('<figure class="guidelib-slider"', '<figure class="guidelib-menu"')
 
 # A skipped cell is a cell that nobody runs, so the skip marker is not among them.
 MARKERS = [marker for marker in comment_markers if marker.startswith("NBVAL") and marker != "NBVAL_SKIP"]
@@ -99,6 +111,11 @@ def text_of(output: NotebookNode) -> str:
     return re.sub(r"[\w+/]{200,}", "", "\n".join(parts))
 
 
+def is_interactive(output: NotebookNode) -> bool:
+    """Whether a reader can move it."""
+    return any(figure in output.get("data", {}).get("text/html", "") for figure in INTERACTIVE)
+
+
 def tags(cell: NotebookNode) -> list[str]:
     return cell.metadata.get("tags", [])
 
@@ -125,7 +142,7 @@ def parse(cell: NotebookNode) -> ast.Module:
 
 
 def listed(nb: NotebookNode, path: Path) -> Iterator[str]:
-    if name_of(path).removesuffix(".ipynb") not in pages():
+    if path != TEMPLATE and name_of(path).removesuffix(".ipynb") not in pages():
         yield "_toc.yml does not list it"
 
 
@@ -233,8 +250,8 @@ def setup_cell(nb: NotebookNode, path: Path) -> Iterator[str]:
     second = nb.cells[1] if len(nb.cells) > 1 else None
     if second is None or second.source != SETUP:
         yield f"the second cell must be the set-up cell, to the letter:\n{SETUP}"
-    elif "remove-cell" not in tags(second):
-        yield "the set-up cell must have the tag remove-cell"
+    elif not {"remove-cell", "hide-cell"} & set(tags(second)):
+        yield "the set-up cell must have the tag hide-cell"
 
 
 def badge(nb: NotebookNode, path: Path) -> Iterator[str]:
@@ -263,9 +280,7 @@ def alternatives(nb: NotebookNode, path: Path) -> Iterator[str]:
     for where, cell, output in outputs(nb):
         data = output.get("data", {})
         # Our sliders carry the alternative text and the caption in their own HTML.
-        if "guidelib-slider" in data.get("text/html", "") or not any(
-            mime.startswith("image/") for mime in data
-        ):
+        if is_interactive(output) or not any(mime.startswith("image/") for mime in data):
             continue
         mystnb = cell.metadata.get("mystnb", {})
         for kind, key in (("image", "alt"), ("figure", "caption")):
@@ -330,6 +345,184 @@ def missing(dotted: str) -> bool:
     return False
 
 
+# --- the rules of the form -------------------------------------------------
+
+# the heads of a page, in order; what a page of a method must have
+HEADS = (
+    *("Idea", "Equation", "The code", "In Hugging Face terms", "Spot the bug", "Checks", "What moves"),
+    *("Finding", "What it costs", "Exercises", "When to use it", "Further reading"),
+)
+NEEDED = {
+    "Idea",
+    "Equation",
+    "The code",
+    "Checks",
+    "What moves",
+    "What it costs",
+    "Exercises",
+    "When to use it",
+}
+OF_NO_METHOD = ("foundations/", "reparametrization/lora_choices", "reparametrization/family")
+LINES, LINES_OF_CELL, COLUMNS, TRUTHS, WORDS, WORDS_OF_FOUNDATIONS = 220, 25, 88, 8, 1700, 2300
+
+
+def page_of(path: Path) -> str:
+    """Such as "reparametrization/lora"."""
+    return path.relative_to(ROOT / "notebooks").as_posix().removesuffix(".ipynb")
+
+
+def prose(nb: NotebookNode) -> str:
+    """The text, without code, formulas and links."""
+    text = "\n\n".join(cell.source for _, cell in cells(nb, "markdown"))
+    text = re.sub(r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$\n]*\$", "·", text, flags=re.S)
+    return re.sub(r"\[[^\]]*\]\([^)]*\)|<a .*?</a>", "·", text, flags=re.S)
+
+
+@functools.cache
+def names_of_methods() -> dict[Path, str]:
+    """The pages whose title begins with a name like LoRA, which is no word besides."""
+    titles = {path: read(path).cells[0].source.splitlines()[0] for path in notebooks()}
+    names = {path: title.removeprefix("# ").split(":")[0] for path, title in titles.items()}
+    return {path: name for path, name in names.items() if re.search(r"[a-z][A-Z]|[A-Z]{2}", name)}
+
+
+def is_figure(output: NotebookNode) -> bool:
+    data = output.get("data", {})
+    return any(mime.startswith("image/") for mime in data) or "<svg" in data.get("text/html", "")
+
+
+def visible_lines(nb: NotebookNode, path: Path) -> Iterator[str]:
+    lines = sum(map(len, TOOL.visible_code(nb)))
+    if lines > LINES:
+        yield f"{lines} lines of code are visible, {LINES} are the most: fold what builds tables and figures"
+
+
+def cell_length(nb: NotebookNode, path: Path) -> Iterator[str]:
+    for lines in TOOL.visible_code(nb):
+        if len(lines) > LINES_OF_CELL:
+            yield f"{len(lines)} visible lines begin with {lines[0]!r}, {LINES_OF_CELL} are the most"
+
+
+def line_width(nb: NotebookNode, path: Path) -> Iterator[str]:
+    for where, cell in cells(nb, "code"):
+        widest = max(map(len, cell.source.splitlines()), default=0)
+        if not TOOL.FOLDED & set(tags(cell)) and widest > COLUMNS:
+            yield f"{where} has a line of {widest} columns, {COLUMNS} fit the page"
+
+
+def folded(nb: NotebookNode, path: Path) -> Iterator[str]:
+    """A reader sees code that computes; code that builds a table or a figure is one click away."""
+    building = r"\bgl\.(table|slider|place|Diagram)\(|\bplt\.|\.subplots\(|\bax\.\w+\("
+    for where, cell in cells(nb, "code"):
+        if (found := re.search(building, cell.source)) and not TOOL.FOLDED & set(tags(cell)):
+            yield f"{where}: {found[0]!r} builds a table or a figure: give the cell the tag hide-input"
+
+
+def labelled(nb: NotebookNode, path: Path) -> Iterator[str]:
+    for where, cell in cells(nb, "code"):
+        if not {"hide-input", "hide-cell"} & set(tags(cell)):
+            continue
+        label = "Solution" if is_solution(cell) else "Set-up" if cell.source == SETUP else "Code of this .+"
+        for key in ("code_prompt_show", "code_prompt_hide"):
+            if not re.fullmatch(label, str(cell.metadata.get("mystnb", {}).get(key, ""))):
+                yield f"{where}: its metadata need mystnb.{key}: {label!r}"
+
+
+def set_up_is_folded(nb: NotebookNode, path: Path) -> Iterator[str]:
+    if len(nb.cells) < 2 or "hide-cell" not in tags(nb.cells[1]):
+        yield "the set-up cell must be folded, with the tag hide-cell: it is where gl comes from"
+
+
+def picture_early(nb: NotebookNode, path: Path) -> Iterator[str]:
+    if not any(is_figure(output) for cell in nb.cells[:6] for output in cell.get("outputs", [])):
+        yield "there is no picture among the first six cells"
+
+
+def interactive_early(nb: NotebookNode, path: Path) -> Iterator[str]:
+    heads = (i for i, cell in enumerate(nb.cells) if re.match("## Exercises", cell.source))
+    end = next(heads, len(nb.cells))
+    for cell in nb.cells[: (end + 1) // 2]:
+        if any(map(is_interactive, cell.get("outputs", []))):
+            return
+    yield "no interactive figure stands in the first half of the way to the exercises"
+
+
+def truth_values(nb: NotebookNode, path: Path) -> Iterator[str]:
+    printed = (output for _, _, output in outputs(nb) if output.get("data", {}).keys() <= {"text/plain"})
+    found = sum(len(re.findall(r"\b(True|False)\b", text_of(output))) for output in printed)
+    if found > TRUTHS:
+        yield f"True or False is printed {found} times, {TRUTHS} is the most: print the number, and assert"
+
+
+def no_marker_comments(nb: NotebookNode, path: Path) -> Iterator[str]:
+    for where, cell in cells(nb, "code"):
+        if "NBVAL_" in cell.source:
+            yield f"{where}: use the tag nbval-check-output instead of the comment"
+
+
+def word_count(nb: NotebookNode, path: Path) -> Iterator[str]:
+    most = WORDS_OF_FOUNDATIONS if page_of(path).startswith("foundations/") else WORDS
+    if (found := TOOL.words(nb)) > most:
+        yield f"it has {found} words, {most} is the most"
+
+
+def linked(nb: NotebookNode, path: Path) -> Iterator[str]:
+    """A method that has a page of its own is linked where a page speaks of it, and so is any other page."""
+    text, source = prose(nb), "\n".join(cell.source for _, cell in cells(nb, "markdown"))
+    for other, name in names_of_methods().items():
+        spoken_of = other != path and re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text)
+        if spoken_of and not re.search(rf"[/(]{re.escape(other.name)}", source):
+            yield f"it speaks of {name} and does not link to {page_of(other)}"
+    for found in re.finditer(r"\b(the|see) (?!same\b)[\w’']+ (page|chapter)\b|\b(page|chapter) on \w+", text):
+        yield f"{found[0]!r} is no link"
+
+
+def facts(nb: NotebookNode, path: Path) -> Iterator[str]:
+    said = TOOL.FACTS.search(nb.cells[0].source) if nb.cells else None
+    if said is None:
+        yield "the title cell needs '1 minutes to read · 5 seconds to run · 1.0 GB of memory' to fill in"
+    elif int(said[0].split()[0]) != TOOL.minutes(nb):
+        yield f"the title cell says {said[0].split()[0]} minutes to read, it takes {TOOL.minutes(nb)}"
+
+
+def named_checks(nb: NotebookNode, path: Path) -> Iterator[str]:
+    """References and hints stand in the library, so that a stub gives neither away."""
+    page = re.escape(path.stem)
+    for i, cell in enumerate(nb.cells):
+        if cell.cell_type != "code" or "gl.check(" not in cell.source:
+            continue
+        calls = [
+            n for n in ast.walk(parse(cell)) if isinstance(n, ast.Call) and ast.unparse(n.func) == "gl.check"
+        ]
+        for call in calls:
+            name = call.args[0].value if call.args and isinstance(call.args[0], ast.Constant) else None
+            if len(call.args) != 2 or call.keywords or not re.fullmatch(rf"{page}\.\w+", str(name)):
+                yield f'cell {i + 1}: call gl.check("{path.stem}.name", answer), and nothing besides'
+        if not is_solution(cell):
+            if not re.search(r"(=|return) \.\.\.", cell.source):
+                yield f"cell {i + 1}: the stub must leave ... for the answer"
+            if "★" not in nb.cells[i - 1].source:
+                yield f"cell {i + 1}: the exercise above must say how hard it is, from ★ to ★★★"
+
+
+def heads(nb: NotebookNode, path: Path) -> Iterator[str]:
+    source = "\n".join(cell.source for _, cell in cells(nb, "markdown"))
+    found = [head for head in re.findall(r"(?m)^## (.+)$", source) if head in HEADS]
+    if found != sorted(found, key=HEADS.index):
+        yield f"the heads must come in the order {', '.join(HEADS)}, not {', '.join(found)}"
+    of_a_method = path == TEMPLATE or (
+        path.parent != ROOT / "notebooks" and not page_of(path).startswith(OF_NO_METHOD)
+    )
+    if of_a_method and (missing_heads := [head for head in HEADS if head in NEEDED and head not in found]):
+        yield f"the page of a method needs the heads {', '.join(missing_heads)}"
+    if of_a_method and not any("guidelib-place" in text_of(output) for _, _, output in outputs(nb)):
+        yield "the page of a method needs gl.place(...)"
+
+
+FORM = [
+    *(visible_lines, cell_length, line_width, folded, labelled, set_up_is_folded, picture_early),
+    *(interactive_early, truth_values, no_marker_comments, word_count, linked, facts, named_checks, heads),
+]
 RULES = [
     *(listed, valid, kernel, widgets, cell_order, executed, clean_source, errors, stderr, machine_paths),
     *(
@@ -343,4 +536,5 @@ RULES = [
         exercises,
         guidelib_names,
     ),
+    *FORM,
 ]

@@ -3,9 +3,11 @@
 import decimal
 import fractions
 import math
+import re
 import subprocess
 import sys
 
+import notebook_rules as rules
 import numpy as np
 import pytest
 import torch
@@ -361,3 +363,25 @@ def test_texts_are_compared_as_before(told):
     assert told("q, v", "q, v") == "✓ Right."
     assert told("adapter", "LoRA") == "✗ Not yet: it is not right."
     assert told("lora.merge", "lora.merge", hint="") == "✓ Right."
+
+
+STORED = [name for page in exercises._pages() for name in exercises.exercises(page)]
+
+
+def test_the_pages_ask_what_is_stored():
+    sources = [
+        cell.source
+        for path in rules.notebooks()
+        for _, cell in rules.cells(rules.read(path), "code")
+        if "#@title" not in cell.source
+    ]
+    asked = [name for source in sources for name in re.findall(r'gl\.check\("([\w.]+)"', source)]
+    assert sorted(asked) == sorted(STORED)
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_what_is_stored_is_right_by_its_own_measure(name, capsys):
+    found = exercises.exercises(name.split(".")[0])[name]
+    check(name, found.reference() if found.inputs is None else found.reference)
+    assert capsys.readouterr().out == "✓ Right.\n"
+    assert len(found.hint.split()) > 3 and found.hint.endswith((".", "?"))

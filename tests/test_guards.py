@@ -19,34 +19,50 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 STUB = """
 def setup(seed): ...
-def check(answer, expected): print("○" if answer is ... else "✓" if answer == expected else "✗")
+def check(name, answer): print("○" if answer is ... else "✓" if answer == 6 else "✗")
 """
+SLIDER = """\
+from IPython.display import HTML
+HTML('<figure class="guidelib-slider"><svg></svg></figure>')"""
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-CHECKED, RAISING, PICTURE, EXERCISE, SOLUTION = 3, 4, 5, 6, 7  # places in the good notebook
+MOVING, CHECKED, RAISING, PICTURE, TASK, EXERCISE, SOLUTION = range(3, 10)  # places in the good notebook
 WORKERS = (), ("-n", "2")  # one process, and as make test runs
 
 
 def good_notebook(name):
     """A notebook that keeps every rule, not yet executed."""
-    hidden = {"tags": ["hide-cell"], "cellView": "form", "jupyter": {"source_hidden": True}}
+    hidden = labelled("Solution", "hide-cell", "nbval-check-output")
+    hidden |= {"cellView": "form", "jupyter": {"source_hidden": True}}
     picture = {"mystnb": {"image": {"alt": "One blue dot."}, "figure": {"caption": "A very small picture."}}}
-    exercise = "answer = ...\ngl.check(answer, 6)"
-    solution = f"{rules.SOLUTION}\n# NBVAL_CHECK_OUTPUT\nanswer = 6\ngl.check(answer, 6)"
+    stem = name.removesuffix(".ipynb")
+    exercise = f'answer = ...\ngl.check("{stem}.six", answer)'
+    solution = f'{rules.SOLUTION}\nanswer = 6\ngl.check("{stem}.six", answer)'
+    address = rules.colab(rules.ROOT / "notebooks" / name)
+    facts = "1 minutes to read · 9 seconds to run · 9.0 GB of memory"
     cells = [
-        new_markdown_cell(f"# Tiny\n\n[Open in Colab]({rules.colab(rules.ROOT / 'notebooks' / name)})"),
-        new_code_cell(rules.SETUP, metadata={"tags": ["remove-cell"]}),
-        new_markdown_cell("A number, an error on purpose, a picture and two exercises."),
-        new_code_cell("# NBVAL_CHECK_OUTPUT\nprint(3 * 14)"),
+        new_markdown_cell(f"# Tiny\n\n{facts} · [open in Colab]({address})"),
+        new_code_cell(rules.SETUP, metadata=labelled("Set-up", "hide-cell")),
+        new_markdown_cell("## Idea\n\nA number, an error on purpose, a picture and two exercises."),
+        new_code_cell(SLIDER, metadata=labelled("Code of this figure", "hide-input")),
+        new_code_cell("print(3 * 14)", metadata={"tags": ["nbval-check-output"]}),
         new_code_cell("raise ValueError('on purpose')", metadata={"tags": ["raises-exception"]}),
         new_code_cell(
-            f"import base64\nfrom IPython.display import Image\nImage(base64.b64decode('{PNG}'))",
+            f"import base64\nfrom IPython.display import Image\n"
+            f"png = '{PNG[:60]}'\npng += '{PNG[60:]}'\nImage(base64.b64decode(png))",
             metadata=picture,
         ),
-        *(new_code_cell(exercise), new_code_cell(solution, metadata=hidden)),
-        *(new_code_cell(exercise), new_code_cell(solution, metadata=hidden)),
+        *(new_markdown_cell("## Exercises\n\nTwice three? ★"), new_code_cell(exercise)),
+        new_code_cell(solution, metadata=hidden),
+        *(new_markdown_cell("Half of twelve? ★"), new_code_cell(exercise)),
+        new_code_cell(solution, metadata=hidden),
         new_markdown_cell("## Further reading"),
     ]
     return new_notebook(cells=cells)
+
+
+def labelled(label, *tags):
+    prompts = {"code_prompt_show": label, "code_prompt_hide": label}
+    return {"tags": list(tags), "mystnb": prompts}
 
 
 def run(project, *arguments):
@@ -84,6 +100,7 @@ def make_project(folder, names):
     (folder / "tools").mkdir()
     shutil.copy(rules.ROOT / "tools/notebooks.py", folder / "tools")
     (folder / "notebooks").mkdir()
+    (folder / "tests/not_yet.yaml").write_text("pages: []\nrules: {}\n", encoding="utf-8")
     (folder / "guidelib.py").write_text(STUB, encoding="utf-8")
     (folder / "README.md").write_text("# Tiny\n", encoding="utf-8")
     chapters = "\n".join(f"- file: notebooks/{name}" for name in names)
@@ -100,7 +117,7 @@ def good_project(tmp_path_factory):
     nbformat.write(good_notebook("good.ipynb"), project / "notebooks/good.ipynb")
     stored = run(project, "tools/notebooks.py")
     assert stored.returncode == 0, stored.stdout
-    assert re.search(r"good\.ipynb: \d+\.\d s, peak \d+ MiB", stored.stdout)
+    assert re.search(r"good\.ipynb: \d+\.\d s, processor \d+\.\d s, peak \d+ MiB", stored.stdout)
     return project
 
 
@@ -109,11 +126,29 @@ def good(good_project):
     return nbformat.read(good_project / "notebooks/good.ipynb", as_version=4)
 
 
+def test_the_tool_writes_the_facts(good):
+    assert re.search(r"1 minute to read · \d+ seconds to run · 0\.\d GB of memory", good.cells[0].source)
+    nb = copy.deepcopy(good)
+    nb.cells[2].source = "word " * 450
+    rules.TOOL.state_facts(nb, peak=1536, seconds=31.2)
+    assert "3 minutes to read · 35 seconds to run · 1.5 GB of memory" in nb.cells[0].source
+    nb.cells.insert(3, new_code_cell("x\n" * 50))
+    assert rules.TOOL.minutes(nb) == 5
+    nb.cells[3].metadata.tags = ["hide-input"]
+    assert rules.TOOL.minutes(nb) == 3
+
+
+def test_words_are_those_of_the_prose():
+    text = "Two words, $x$ and [a link](http://no.where/at all).\n\n$$\nx = y\n$$\n\n"
+    text += "```python\nx = 1\n```\n<b>End</b> – 5 %"
+    assert rules.TOOL.words(new_notebook(cells=[new_markdown_cell(text)])) == 8
+
+
 @pytest.mark.parametrize("workers", WORKERS, ids=" ".join)
 def test_the_good_notebook_passes_and_the_table_of_times_is_printed(good_project, workers):
     result = pytest_in(good_project, *workers)
     assert result.returncode == 0, result.stdout
-    assert "notebooks/good.ipynb::Cell 7 PASSED" in result.stdout
+    assert "notebooks/good.ipynb::Cell 8 PASSED" in result.stdout
     table = result.stdout.split("what took how long")[1]
     rows = {name: float(seconds) for seconds, name in re.findall(r"^ *(\d+\.\d) s  (\S.*)$", table, re.M)}
     files = {"notebooks/good.ipynb", "tests/test_notebooks.py"}
@@ -138,37 +173,37 @@ def source(place, text):
     return lambda nb: nb.cells[place].update(source=text)
 
 
-@breaks("::Cell 1")
+@breaks("::Cell 2")
 def kernel_dies(nb):
     source(CHECKED, "import os\nos._exit(1)")(nb)
 
 
-@breaks("::Cell 1")
+@breaks("::Cell 2")
 def cell_raises(nb):
     source(CHECKED, "1 / 0")(nb)
 
 
-@breaks("::Cell 1")
+@breaks("::Cell 2")
 def cell_takes_too_long(nb):
     source(CHECKED, "import time\ntime.sleep(60)")(nb)
 
 
-@breaks("::Cell 1")
+@breaks("::Cell 2")
 def pip_fails(nb):
     source(CHECKED, "%pip install --quiet --no-index there-is-no-such-package")(nb)
 
 
-@breaks("::Cell 1")
+@breaks("::Cell 2")
 def shell_command_fails(nb):
     source(CHECKED, "!exit 3")(nb)
 
 
-@breaks("::Cell 1")
+@breaks("::Cell 2")
 def checked_number_differs(nb):
     nb.cells[CHECKED].outputs[0].text = "43\n"
 
 
-@breaks("::Cell 2")
+@breaks("::Cell 3")
 def nothing_is_raised(nb):
     source(RAISING, "print('all is well')")(nb)
 
@@ -190,7 +225,7 @@ def outputs_are_stripped(nb):
             cell.update(outputs=[], execution_count=None)
 
 
-@breaks("::Cell 5")
+@breaks("::Cell 6")
 def solution_is_wrong(nb):
     source(SOLUTION, nb.cells[SOLUTION].source.replace("answer = 6", "answer = 7"))(nb)
 
@@ -198,6 +233,7 @@ def solution_is_wrong(nb):
 @breaks("exact_markers", "checked")
 def marker_is_misspelt(nb):
     source(CHECKED, "# NBVAL_CHEK_OUTPUT\nprint(3 * 14)")(nb)
+    nb.cells[CHECKED].metadata.tags = []
 
 
 @pytest.fixture(scope="module", params=WORKERS, ids=" ".join)
@@ -219,7 +255,7 @@ def broken_run(request, tmp_path_factory, good):
 
 def test_the_good_notebook_passes_among_broken_ones(broken_run):
     outcomes = {test: outcome for test, outcome in broken_run[0].items() if "notebooks/good.ipynb" in test}
-    assert len(outcomes) == 8 + len(rules.RULES)
+    assert len(outcomes) == 9 + len(rules.RULES)
     assert set(outcomes.values()) == {"PASSED"}
 
 
@@ -233,9 +269,9 @@ def test_broken_notebook_fails(broken_run, name):
         assert outcomes[test] == "FAILED", broken_run[1]
 
 
-@pytest.mark.parametrize("name", [name for name, (_, failing) in BREAKS.items() if failing == ("::Cell 1",)])
+@pytest.mark.parametrize("name", [name for name, (_, failing) in BREAKS.items() if failing == ("::Cell 2",)])
 def test_the_rest_of_a_failed_notebook_is_skipped(broken_run, name):
-    rest = [broken_run[0][f"notebooks/{name}.ipynb::Cell {i}"] for i in range(2, 8)]
+    rest = [broken_run[0][f"notebooks/{name}.ipynb::Cell {i}"] for i in range(3, 9)]
     assert rest == ["SKIPPED"] * 6
 
 
@@ -336,7 +372,7 @@ RULE_BREAKS = [
     ("executed", lambda nb: nb.cells[CHECKED].update(execution_count=5)),
     ("executed", lambda nb: nb.update(cells=nb.cells[:1])),
     ("clean_source", source(CHECKED, "")),
-    ("clean_source", source(CHECKED, "# NBVAL_CHECK_OUTPUT\nprint(42)\n")),
+    ("clean_source", source(CHECKED, "print(42)\n")),
     ("errors", meta(RAISING, tags=[])),
     ("errors", lambda nb: nb.cells[RAISING].update(outputs=[])),
     ("stderr", output(CHECKED, name="stderr")),
@@ -349,7 +385,7 @@ RULE_BREAKS = [
     ("exact_markers", source(CHECKED, "# NBVAL_SKIP\nprint(42)")),
     ("exact_markers", meta(CHECKED, tags=["nbval-chek-output"])),
     ("exact_markers", meta(CHECKED, tags=["nbval-skip"])),
-    ("checked", source(CHECKED, "print(42)")),
+    ("checked", meta(CHECKED, tags=[])),
     ("checked", lambda nb: nb.cells[CHECKED].update(outputs=[])),
     ("forbidden", source(CHECKED, "interact(f, r=(1, 8))")),
     ("forbidden", source(CHECKED, "go.FigureWidget()")),
@@ -376,8 +412,8 @@ RULE_BREAKS = [
     ("exercises", meta(SOLUTION, tags=[])),
     ("exercises", meta(SOLUTION, jupyter={})),
     ("exercises", lambda nb: retitle(nb.cells[SOLUTION])),
-    ("exercises", source(SOLUTION, f"{rules.SOLUTION}\n# NBVAL_CHECK_OUTPUT\nprint('✓')")),
-    ("exercises", source(SOLUTION, f"{rules.SOLUTION}\ngl.check(6, 6)")),
+    ("exercises", source(SOLUTION, f"{rules.SOLUTION}\nprint('✓')")),
+    ("exercises", meta(SOLUTION, tags=["hide-cell"])),
     ("exercises", lambda nb: nb.cells[SOLUTION].update(outputs=[])),
     ("exercises", output(SOLUTION, text="✗ Not yet.\n")),
     ("exercises", lambda nb: nb.cells.pop(SOLUTION)),
@@ -385,6 +421,32 @@ RULE_BREAKS = [
     ("guidelib_names", source(CHECKED, "gl.no_such_name(6)")),
     ("guidelib_names", source(CHECKED, "%time gl.no_such_name(6)")),
     ("guidelib_names", source(CHECKED, "from guidelib import no_such_name")),
+    ("visible_lines", lambda nb: nb.cells.extend(new_code_cell("x\n" * 20) for _ in range(11))),
+    ("cell_length", source(CHECKED, "x\n" * 26)),
+    ("cell_length", output(CHECKED, data={"text/markdown": "```python\n" + "x\n" * 26 + "```\n"})),
+    ("line_width", source(CHECKED, f"x = {'1' * 85}")),
+    ("folded", source(CHECKED, "gl.table(rows)")),
+    ("folded", source(CHECKED, "figure, ax = plt.subplots()")),
+    ("labelled", meta(SOLUTION, mystnb={"code_prompt_show": "Solution"})),
+    ("labelled", meta(MOVING, mystnb={"code_prompt_show": "More", "code_prompt_hide": "Less"})),
+    ("labelled", meta(1, mystnb={})),
+    ("set_up_is_folded", meta(1, tags=["remove-cell"])),
+    ("picture_early", output(MOVING, data={"text/plain": "no picture"})),
+    ("interactive_early", output(MOVING, data={"image/png": PNG})),
+    ("interactive_early", lambda nb: nb.cells.insert(TASK - 1, nb.cells.pop(MOVING))),
+    ("truth_values", output(CHECKED, text="True False\n" * 5)),
+    ("no_marker_comments", source(CHECKED, "# NBVAL_CHECK_OUTPUT\nprint(42)")),
+    ("word_count", source(2, "word " * 1701)),
+    ("linked", source(2, "More on it in the memory chapter.")),
+    ("linked", source(2, "See the page on memory.")),
+    ("facts", source(0, "# Tiny")),
+    ("facts", source(2, "word " * 500)),
+    ("named_checks", source(EXERCISE, 'answer = ...\ngl.check("other.six", answer)')),
+    ("named_checks", source(EXERCISE, 'answer = ...\ngl.check("good.six", answer, hint="six")')),
+    ("named_checks", source(EXERCISE, "answer = ...\ngl.check(answer, 6)")),
+    ("named_checks", source(EXERCISE, 'answer = 6\ngl.check("good.six", answer)')),
+    ("named_checks", source(TASK, "## Exercises\n\nTwice three?")),
+    ("heads", source(2, "## Exercises\n\n## Idea")),
 ]
 
 
