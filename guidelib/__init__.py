@@ -26,7 +26,7 @@ _MODULES = {
     "guidelib.pages.finding": ("finding",),
     "guidelib.pages.listing": ("show_source",),
     "guidelib.pages.places": ("place",),
-    "guidelib.pages.prices": ("cost_table", "survey_table"),
+    "guidelib.pages.prices": ("cost_table", "count", "survey_table", "token_batch"),
     "guidelib.pages.recording": ("recording",),
     "guidelib.pages.results": ("rate_figure", "verdict_figure", "verdict_table"),
     "guidelib.pages.viz": ("panel", "slider", "style", "table"),

@@ -328,6 +328,21 @@ def test_table_refuses():
         viz.table([{"a": 1}, {"b": 1}])
 
 
+NAMES = {"values": ["LoRA", "R < B"], "start": 1, "alt": lambda name: f"A line, {name}."}
+
+
+def named(ax, name):
+    draw(ax, len(name))
+
+
+def test_names_are_chosen_from_a_menu():
+    html = viz.slider(named, label="method", **NAMES)._repr_mimebundle_()["text/html"]
+    soup = BeautifulSoup(html, "html.parser")
+    assert [option.text for option in soup.label.select("option")] == NAMES["values"]
+    assert soup.select_one("option[selected]").text == "R < B" and soup.img["alt"] == "A line, R < B."
+    assert not soup("input") and soup.figure["class"] == ["guidelib-menu"]
+
+
 # From here on in a browser. Its event loop would be in the way of the kernel above.
 @pytest.fixture
 def open_page(browser):
@@ -357,6 +372,16 @@ def state(figure):
     announced = figure.locator("output").inner_text()
     assert figure.locator("input").get_attribute("aria-valuetext") == announced
     return announced, image.get_attribute("alt"), image.get_attribute("src")
+
+
+def test_a_menu_changes_its_own_picture(open_page):
+    made = [viz.slider(named, label="method", **NAMES)._repr_mimebundle_()["text/html"] for _ in range(2)]
+    page = open_page("".join(made))
+    first, second = page.locator("figure.guidelib-menu img").all()
+    before = first.get_attribute("src")
+    page.get_by_label("method").first.select_option("LoRA")
+    assert first.get_attribute("alt") == "A line, LoRA." and first.get_attribute("src") != before
+    assert second.get_attribute("src") == before and second.get_attribute("alt") == "A line, R < B."
 
 
 def test_two_equal_sliders_move_by_keyboard_and_apart(open_page):

@@ -9,7 +9,7 @@ from guidelib.core.method import expect
 from guidelib.experiments import compare
 from guidelib.experiments.base import Row
 from guidelib.experiments.verdict import Verdict
-from guidelib.pages.results import difference, verdict_table
+from guidelib.pages.results import verdict_table
 from guidelib.pages.viz import Output
 
 
@@ -22,7 +22,7 @@ class Finding(Output):
         self.text = _sentence(self.verdicts, reference, margin)
         shown = verdict_table(self.verdicts, caption=caption).bundle
         super().__init__(
-            text_html=f"{shown['text/html']}<p>{escape(self.text)}</p>",
+            text_html=f'{shown["text/html"]}<p style="margin:.4rem 0 0">{escape(self.text)}</p>',
             text_plain=f"{shown['text/plain']}\n{self.text}",
         )
 
@@ -62,7 +62,6 @@ def _sentence(verdicts: Sequence[Verdict], reference: str, margin: float) -> str
     said = f"Against {reference}."
     for kind, name in names.items():
         of_kind = [v for v in verdicts if v.verdict == kind and v.method != reference]
-        each = [v.method if v.difference is None else f"{v.method} ({difference(v)})" for v in of_kind]
-        if each:
-            said += f" {name}: {'; '.join(each)}."
+        if of_kind:
+            said += f" {name}: {'; '.join(v.method for v in of_kind)}."
     return said

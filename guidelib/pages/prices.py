@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from guidelib.core.attaching import Count, attach
 from guidelib.core.method import Method, expect
@@ -60,10 +60,11 @@ class CostTable(Output):
             rows = [{"": name} | {each["method"]: each[name] for each in rows} for name in names]
         sizes = " or ".join(map(str, batches))
         caption = (
-            f"One training step on {sizes} texts of {length} tokens. Memory in MiB; in brackets, of full."
+            f"Parameters; memory in MiB of one training step on {sizes} texts of {length} tokens, where "
+            "activations are those that autograd saves; operations of one forward pass. In brackets: of full."
         )
         if self.exact:
-            caption += " Saved activations and FLOPs are exactly what the sizes alone predict."
+            caption += " Activations and FLOPs are exactly what the sizes alone predict."
         super().__init__(**{k.replace("/", "_"): v for k, v in table(rows, caption=caption).bundle.items()})
 
     def __getitem__(self, label: str) -> Price:
@@ -90,15 +91,32 @@ def cost_table(
     right = bool(batches) and all(isinstance(n, int) and n >= 1 for n in sizes)
     expect(right, "batches", (batches, length), "whole numbers of at least 1")
     model, _ = load_backbone(backbone, task)
-    inputs = [_batch(model, size, length) for size in batches]
+    inputs = [token_batch(model, size, length) for size in batches]
     base = operations(model, inputs[0])
     prices = {label: _price(model, method, base, inputs) for label, method in methods.items()}
     if live():
         for label, method in methods.items():
-            ratio = _latency(model, method, _batch(model, 1, length))
+            ratio = _latency(model, method, token_batch(model, 1, length))
             print(f"{label}: a forward pass of one text takes {ratio:.2f} times as long as the base's")
     full = next((label for label, method in methods.items() if method == FullFineTuning()), None)
     return CostTable(prices, full, batches, length)
+
+
+def token_batch(model: PreTrainedModel, rows: int, length: int) -> dict[str, torch.Tensor]:
+    """Random texts without padding, the same ones every time, with labels: classes where ``model`` has a head
+    for them, else the texts themselves."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, min(2000, model.config.vocab_size), (rows, length), generator=generator)
+    classes = getattr(model, "classifier", None) or getattr(model, "score", None)
+    labels = torch.arange(rows) % model.config.num_labels if classes else ids.clone()
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+
+def count(config: PretrainedConfig, method: Method) -> Count:
+    """The counts of ``method`` on a bare model of that configuration, made without weights: GPT-3 fits."""
+    with torch.device("meta"):
+        return attach(AutoModel.from_config(config), method).count()
 
 
 def survey_table(method: str, found: CostTable, *labels: str) -> Output:
@@ -155,22 +173,22 @@ def _row(label: str, price: Price, full: Price | None, batches: Sequence[int]) -
 
     memory = {term: mib(price.memory[0][term]) for term in TERMS[:-1]}
     memory |= {
-        f"{TERMS[-1]}, batch {n}": mib(m[TERMS[-1]]) for n, m in zip(batches, price.memory, strict=True)
+        f"activations, batch {n}": mib(m[TERMS[-1]]) for n, m in zip(batches, price.memory, strict=True)
     }
     for i, size in enumerate(batches):
         memory[f"total, batch {size}"] = mib(price.totals[i]) + of(price.totals[i], full and full.totals[i])
     flops = price.forward_flops + price.backward_flops
-    merged = "" if price.merged is None else f", {price.merged} merged"
     return {
         "method": label,
-        "trained parameters": price.count.trainable,
+        "trained": price.count.trainable,
         "stored": price.count.stored,
         "changed": price.count.changed,
         "file": mib(price.file_bytes),
         **memory,
         f"GFLOPs, batch {batches[0]}": f"{flops / 1e9:.1f}"
         + of(flops, full and full.forward_flops + full.backward_flops),
-        "operations, forward": f"{price.operations}{merged}",
+        "operations": price.operations,
+        "once merged": price.merged,
     }
 
 
@@ -214,15 +232,6 @@ def _exact(cost: Costs) -> bool | None:
     said = cost.predicted
     names = ("saved_bytes", "forward_flops", "backward_flops")
     return None if said is None else all(getattr(said, name) == getattr(cost, name) for name in names)
-
-
-def _batch(model: PreTrainedModel, rows: int, length: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, min(2000, model.config.vocab_size), (rows, length), generator=generator)
-    classes = getattr(model, "classifier", None) or getattr(model, "score", None)
-    labels = torch.arange(rows) % model.config.num_labels if classes else ids.clone()
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
 def _latency(model: PreTrainedModel, method: Method, batch: dict, pairs: int = 30) -> float:

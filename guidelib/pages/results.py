@@ -36,12 +36,12 @@ def _row(v: Verdict) -> dict[str, str | int]:
         "rate": f"{v.lr:g}{'*' if v.edge else ''}",
         "seeds": len(v.scores),
         "test score": f"{v.mean:.1f} ± {v.deviation:.1f}",
-        "difference": difference(v),
+        "difference": _difference(v),
         "verdict": "–" if v.difference is None else v.verdict,
     }
 
 
-def difference(v: Verdict) -> str:
+def _difference(v: Verdict) -> str:
     """In points with its interval, such as "+2.5 [+1.5, +3.6]"."""
     if v.difference is None:
         return "–"

@@ -99,28 +99,33 @@ def _text(value: Any) -> str:
 # inherited: the theme, JupyterLab and Colab set their own. padding:0 undoes the frame of the dark theme. The
 # data attribute keeps JupyterLab's shortcuts off the arrow keys. autocomplete="off" keeps a reload from
 # moving the handle without the picture. Inside the label, the output would become part of its name.
-_SLIDER = """<figure class="guidelib-slider" style="margin:0;max-width:38rem;color:inherit">
+_SLIDER = """<figure class="guidelib-{kind}" style="margin:0;max-width:38rem;color:inherit">
 <img src="data:image/png;base64,{png}" alt="{alt}" width="{width}" height="{height}"
  style="display:block;width:100%;height:auto;padding:0">
 <div style="display:flex;flex-wrap:wrap;align-items:center;gap:0 .75rem;margin:.5rem 0">
 <label style="display:flex;flex:1 1 14rem;flex-wrap:wrap;align-items:center;gap:0 .75rem;margin:0">{label}
-<input type="range" min="0" max="{last}" step="1" value="{start}" aria-valuetext="{text}" autocomplete="off"
- data-lm-suppress-shortcuts="true" style="flex:1 1 8rem;min-width:0;height:2rem;accent-color:#0072B2">
-</label><output aria-live="polite" style="min-width:4em">{text}</output></div>
+{control}</div>
 {caption}
 <script type="application/json">{frames}</script>
 </figure>"""
+_RANGE = """<input type="range" min="0" max="{last}" step="1" value="{start}" aria-valuetext="{text}"
+ autocomplete="off" data-lm-suppress-shortcuts="true"
+ style="flex:1 1 8rem;min-width:0;height:2rem;accent-color:#0072B2">
+</label><output aria-live="polite" style="min-width:4em">{text}</output>"""
+_MENU = """<select autocomplete="off" data-lm-suppress-shortcuts="true" style="max-width:100%;padding:.25rem">
+{options}</select></label>"""
 _SCRIPT = """<script>
 if (!window.guidelibSlider) {
   window.guidelibSlider = true;
   document.addEventListener("input", event => {
-    const figure = event.target.closest && event.target.closest("figure.guidelib-slider");
+    const figure = event.target.closest && event.target.closest(".guidelib-slider, .guidelib-menu");
     if (!figure) return;
     const frames = JSON.parse(figure.querySelector("script[type='application/json']").textContent);
     const [png, alt, text] = frames[event.target.value];
     const image = figure.querySelector("img");
     image.src = "data:image/png;base64," + png;
     image.alt = alt;
+    if (event.target.type !== "range") return;
     figure.querySelector("output").textContent = text;
     event.target.setAttribute("aria-valuetext", text);
   });
@@ -151,7 +156,8 @@ def slider(
     caption: str = "",
     start: int = 0,
 ) -> Output:
-    """A figure that the reader moves through `values`, also offline and without a kernel.
+    """A figure that the reader moves through `values`, also offline and without a kernel: with a slider, or
+    with a menu where the values are names.
 
     `draw(ax, value)` draws one frame on fresh Axes in the house style; draw on `ax`, not with `plt`.
     `label` names what moves ("rank r"). `alt` describes the picture: a text, or a function of the value.
@@ -173,10 +179,20 @@ def slider(
         frames.append((base64.b64encode(file.getvalue()).decode(), words, _text(value)))
     png, words, text = frames[start]
     look = "padding:0;color:inherit;font-weight:inherit;text-align:left"
+    names = all(isinstance(value, str) for value in values)
+    if names:
+        marks = [" selected" * (i == start) for i in range(len(frames))]
+        items = zip(marks, (escape(name) for *_, name in frames), strict=True)
+        options = "".join(
+            f'<option value="{i}"{mark}>{name}</option>' for i, (mark, name) in enumerate(items)
+        )
+        control = _MENU.format(options=options)
+    else:
+        control = _RANGE.format(last=len(frames) - 1, start=start, text=escape(text))
     html = _SLIDER.format(
-        **{"alt": escape(words), "label": escape(label), "text": escape(text)},
+        **{"alt": escape(words), "label": escape(label), "control": control},
         caption=f'<figcaption style="{look}">{escape(caption)}</figcaption>' if caption else "",
-        **{"png": png, "width": image.width, "height": image.height, "start": start, "last": len(frames) - 1},
+        **{"png": png, "width": image.width, "height": image.height, "kind": "menu" if names else "slider"},
         frames=json.dumps(frames).replace("<", "\\u003c"),  # no "</script>" out of a text
     )
     if len(html) > _LARGEST:
@@ -254,8 +270,11 @@ def table(rows: Sequence[Mapping[str, Any]], *, caption: str = "") -> Output:
         cells = ""
         for i, content in enumerate(line):
             tag, end = other if i else first, "right" if right[i] else "left"
-            wrap = "nowrap" if right[i] and other == "td" else "normal"
-            look = f"padding:.2rem .6rem;text-align:{end};white-space:{wrap}"
+            look = f"padding:.2rem .5rem;text-align:{end}"
+            if i == 0:  # it stays readable where it is held in place on a phone
+                look += ";min-width:5.5rem"
+            elif other == "td" and (right[i] or len(content) <= 12):
+                look += ";white-space:nowrap"
             cells += f'<{tag} style="{look}">{escape(content)}</{tag[:2]}>'
         return f"<tr>{cells}</tr>"
 
