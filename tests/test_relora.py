@@ -76,6 +76,11 @@ def test_a_restart_of_gpt2s_queries_leaves_keys_and_values_alone():
     assert torch.equal(before[1], after[1]) and torch.equal(before[2], after[2])
 
 
+def test_no_more_cycles_start_than_there_are_steps():
+    assert gl.ReLoRA(r=3, restarts=10**12).starts(5) == gl.ReLoRA(r=3, restarts=7).starts(5) == [0, 1, 2, 3, 4]
+    assert gl.ReLoRA(r=3, restarts=2).starts(7) == [0, 2, 4]
+
+
 @pytest.mark.parametrize("backbone", ["tiny-bert", "tiny-gpt2", "tiny-t5-random"])
 def test_right_after_a_restart_only_b_has_a_gradient(backbone):
     model, inputs = build(backbone), batch(backbone)

@@ -37,8 +37,6 @@ class Site:
 
     A Conv1D stores its weight transposed, and GPT-2 fuses q, k and v into one; ``rows`` then says which
     outputs of ``module`` are this map's.
-
-    fault: why W cannot be read and written (see `fault_of`); empty for a plain layer.
     """
 
     stack: str
@@ -46,7 +44,11 @@ class Site:
     role: str
     module: nn.Module
     rows: slice | None = None
-    fault: str = ""
+
+    @cached_property
+    def fault(self) -> str:
+        """Why W cannot be read and written (see `fault_of`); empty for a plain layer."""
+        return fault_of(self.module)
 
     @property
     def name(self) -> str:
@@ -98,9 +100,12 @@ class Site:
     @property
     def shape(self) -> tuple[int, int]:
         """(d_out, d_in).  Raises TypeError for a module that is no linear map."""
-        if not self.fault:
-            return tuple(self.weight.shape)
-        if (size := _size(self.module)) is None:
+        if self.fault:
+            size = _size(self.module)
+        else:
+            size = tuple(self.module.weight.shape)
+            size = size[::-1] if isinstance(self.module, Conv1D) else size
+        if size is None:
             raise TypeError(f"{self.name}: expected a linear map, got {type(self.module).__name__}")
         return size if self.rows is None else (self.rows.stop - self.rows.start, size[1])
 
@@ -401,7 +406,7 @@ def _sites(block: nn.Module, stack: Stack) -> Iterator[Site]:
         module = _find(block, path)
         if module is None:
             continue
-        site = Site("", 0, role, module, fault=fault_of(module))
+        site = Site("", 0, role, module)
         if part:
             index, parts = (int(number) for number in part.rstrip("]").split("/"))
             size = site.shape[0] // parts
@@ -439,7 +444,8 @@ def fault_of(layer: nn.Module) -> str:
 
 def computes(module: nn.Module) -> bool:
     """Whether hooks of torch.nn.utils compute a parameter of ``module`` from others before each pass."""
-    return any(f"{name}_{of}" in module._parameters for name in vars(module) for of in ("g", "v", "orig"))
+    held = (name.rpartition("_") for name in module._parameters)
+    return any(of in ("g", "v", "orig") and name in vars(module) for name, _, of in held)
 
 
 def expect_numbers(parameters: Mapping[str, torch.Tensor]) -> None:
@@ -475,7 +481,7 @@ def _size(layer: nn.Module) -> tuple[int, int] | None:
 
 def _hooks(module: nn.Module) -> tuple:
     """What accelerate has put around the module's ``forward``."""
-    hook = getattr(module, "_hf_hook", None)
+    hook = vars(module).get("_hf_hook")
     return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
 
 

@@ -265,8 +265,14 @@ class Attachment:
 
     def detach(self) -> PreTrainedModel:
         """Take the method away and give the base model back, bit for bit, head and ``requires_grad``
-        included.  What was resized meanwhile keeps its size."""
+        included.  What was resized meanwhile keeps its size.  Warns of what was unfrozen after ``attach``,
+        which stays as it is."""
         self._check_attached(resized=True)
+        if unknown := self._unknown():
+            warnings.warn(
+                f"{_several(unknown)} was unfrozen after attach, which kept no copy: it stays as it is now",
+                stacklevel=2,
+            )
         _surely(self._end)
         return self.model
 
@@ -341,13 +347,16 @@ class Attachment:
         """Raises ValueError if this attachment has ended, or if something is trained that it does not know
         of, and could neither save nor give back."""
         self._check_attached()
-        parameters = self.anatomy.base_parameters().items()
-        unknown = [name for name, p in parameters if p.requires_grad and name not in self._originals]
-        if unknown:
+        if unknown := self._unknown():
             raise ValueError(
                 f"model: {_several(unknown)} must stay frozen after attach, which saves and gives back what "
                 "it knows of; name it in attach(..., also=...) to train it"
             )
+
+    def _unknown(self) -> list[str]:
+        """The names of the base's parameters that were unfrozen after ``attach``."""
+        parameters = self.anatomy.base_parameters().items()
+        return [name for name, p in parameters if p.requires_grad and name not in self._originals]
 
     def state(self) -> dict[str, torch.Tensor]:
         """What a file holds: the added tensors, and the base parameters that are changed in place."""
@@ -355,8 +364,7 @@ class Attachment:
         lasting = added.state_dict().keys()  # buffers that are not persistent can be made again
         named = (*added.named_parameters(), *added.named_buffers())  # a shared parameter is named once
         tensors = {f"{ADDED}.{name}": tensor for name, tensor in named if name in lasting}
-        parameters = dict(self.model.named_parameters())
-        tensors |= {name: parameters[name] for name in self._originals}
+        tensors |= {name: self.model.get_parameter(name) for name in self._originals}
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
     def _fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -379,12 +387,15 @@ class Attachment:
 
     def metadata(self) -> dict[str, str]:
         """What a file says of itself: the format, the method, a fingerprint of the base, and a checksum."""
+        return self._metadata(self.state())
+
+    def _metadata(self, state: Mapping[str, torch.Tensor]) -> dict[str, str]:
         said = {
             "format": FORMAT,
             "method": json.dumps(self.method.to_json()),
             "base": json.dumps(self._base or self._fingerprint()),
         }
-        return said | {"checksum": checksum(self.state(), said)}
+        return said | {"checksum": checksum(state, said)}
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the method, its tensors and a fingerprint of the base to a safetensors file.
@@ -395,9 +406,11 @@ class Attachment:
         """
         self.check()
         merged = self.merged
-        self.unmerge()  # or base weights that the file holds would have the method's effect in them as well
+        if merged:  # or base weights that the file holds would have the method's effect in them as well
+            self.unmerge()
         try:
-            return write(path, self.state(), self.metadata())
+            state = self.state()
+            return write(path, state, self._metadata(state))
         finally:
             if merged:
                 self.merge()

@@ -23,7 +23,8 @@ from torch.overrides import (
 from guidelib.core.method import Method
 
 ENTRIES = 3 * 10**7  # that a method may make, beside ten times those of its model
-CALLS = 100  # of torch's functions, for each tensor of a file and of the model
+CALLS = 1000  # of torch's functions, for each tensor of the model
+SAVED = 100  # for each tensor of the model and of a file
 PLAIN = {torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn}  # whose arguments are the shape
 MAKERS = PLAIN | {torch.full, torch.randint, torch.randperm, torch.eye, torch.arange}
 
@@ -42,9 +43,10 @@ class Bounded(TorchFunctionMode):
         self.handle = None
         sizes = [p.numel() for p in base.values()]
         self.method, self.most = method, ENTRIES + 10 * sum(sizes)
-        self.entries, self.calls, self.trained = self.most, math.inf, math.inf
+        self.entries, self.calls, self.trained = self.most, CALLS * len(sizes), math.inf
+        self.file = saved is not None
         if saved is not None:
-            self.calls = CALLS * (len(sizes) + len(saved))
+            self.calls = SAVED * (len(sizes) + len(saved))
             # some are made more than once: experts are copies of a first one
             self.trained = 3 * sum(tensor.numel() for tensor in saved.values())
 
@@ -78,8 +80,10 @@ class Bounded(TorchFunctionMode):
             raise ValueError(
                 f"method must make at most {self.most:,} numbers beside this model, got {self.method!r}"
             )
-        if self.calls < 0:
+        if self.calls < 0 and self.file:
             self._too_small()
+        if self.calls < 0:
+            raise ValueError(f"method must make fewer tensors beside this model, got {self.method!r}")
         return function(*args, **kwargs)
 
     def _register(self, module: Any, name: str, parameter: torch.Tensor | None) -> None:

@@ -157,5 +157,6 @@ def checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -
 def _expect_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         values = tensor.float() if tensor.itemsize == 1 else tensor  # of 8 bits, torch cannot tell
-        if tensor.is_floating_point() and not values.isfinite().all():
+        # a sum is several times faster, and finite only where all numbers are
+        if tensor.is_floating_point() and not (values.sum().isfinite() or values.isfinite().all()):
             raise ValueError(f"path: {path.name!r} would not act: tensor {name!r} holds NaN or infinity")

@@ -40,7 +40,7 @@ def fingerprint(anatomy: Anatomy, without: Collection[str]) -> dict[str, str]:
 
 def base_of(anatomy: Anatomy, without: Collection[str]) -> dict[str, torch.Tensor]:
     parameters = sorted(anatomy.base_parameters().items())
-    return {name: p.detach() for name, p in parameters if name not in without and p.numel()}
+    return {name: p for name, p in parameters if name not in without and p.numel()}
 
 
 def _shapes(base: Mapping[str, torch.Tensor]) -> str:
@@ -52,19 +52,19 @@ class Sums:
     """Sums of weights with signs, by which a base is known again, however its weights were rounded.
 
     Of a tensor, two sums over 8 entries each.  Of one with a row for each token, to which rows may have been
-    added, sums over every row, 1,024 at a time, in four columns.
+    added, sums over every row, 1,024 at a time, in its first four columns: they share a line of the cache.
 
     values, norms: each sum, and the length of the vector that is summed up.  names: whose it is.  The errors
     of rounding add up like those of a random walk, so that a sum moves by a share of its norm.  A sum of a
     tensor without values (meta device) is NaN.
     """
 
+    @torch.no_grad()
     def __init__(self, anatomy: Anatomy, base: Mapping[str, torch.Tensor]):
         tokens = len(anatomy.embedding.weight)
         tables = [name for name, p in base.items() if p.dim() == 2 and len(p) == tokens]
         rest = [name for name in base if name not in tables]
-        samples = [_spread(base[name]) for name in rest]
-        samples = torch.stack(samples) if samples else torch.empty(0, SAMPLE)
+        samples = torch.cat([*map(_spread, map(base.get, rest)), torch.empty(0)]).view(-1, SAMPLE).float()
         # zeros and ones say nothing about rounding, and neither do a few numbers
         full = torch.tensor([base[name].numel() >= SAMPLE for name in rest], dtype=torch.bool)
         varied = samples[full & (samples.amin(1) < samples.amax(1))]
@@ -73,7 +73,7 @@ class Sums:
         blocks = [samples.view(-1, SAMPLE // 2, 1)]
         self.names = [name for name in rest for _ in range(2)]
         for name in tables:
-            rows = _floats(base[name][:, :: max(1, base[name].shape[1] // COLUMNS)][:, :COLUMNS])
+            rows = _floats(base[name][:, :COLUMNS])
             blocks.append(F.pad(rows, (0, 0, 0, -len(rows) % BLOCK)).view(-1, BLOCK, rows.shape[1]))
             self.names += [name] * (blocks[-1].shape[0] * rows.shape[1])
         self.values = torch.cat([(b * _signs(b.shape[1])).sum(1).flatten() for b in blocks])
@@ -82,9 +82,13 @@ class Sums:
 
 def _spread(tensor: torch.Tensor) -> torch.Tensor:
     """SAMPLE entries at equal distances; zeros behind them, if there are fewer."""
-    flat = tensor.reshape(-1)
-    few = _floats(flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE])
-    return few if len(few) == SAMPLE else F.pad(few, (0, SAMPLE - len(few)))
+    n = tensor.numel()
+    if not has_values(tensor):
+        return torch.full((SAMPLE,), math.nan)
+    if n >= SAMPLE and tensor.is_contiguous():
+        return tensor.as_strided((SAMPLE,), (n // SAMPLE,)).cpu()
+    few = tensor.reshape(-1)[:: max(1, n // SAMPLE)][:SAMPLE]
+    return F.pad(few, (0, SAMPLE - len(few))).cpu()
 
 
 def _floats(tensor: torch.Tensor) -> torch.Tensor:

@@ -63,7 +63,8 @@ class ReLoRA(LoRA):
 
     def starts(self, total: int) -> list[int]:
         """The steps after which a cycle starts: 0, and the restarts (fewer if there are too few steps)."""
-        return sorted({total * k // (self.restarts + 1) for k in range(self.restarts + 1)})
+        cycles = min(self.restarts + 1, total)
+        return sorted({total * k // cycles for k in range(cycles)})
 
     def lr_factor(self, step: int, total: int) -> float:
         start = max(s for s in self.starts(total) if s <= step)
