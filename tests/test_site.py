@@ -116,9 +116,8 @@ def test_the_figure_is_live(opened, theme):
 
 def test_the_buttons_lead_to_the_first_thing_to_read(book):
     read, colab, teach = soup(book, "book/intro").select(".guide-buttons a")
-    first = FIRST_RUN if FIRST_RUN in rules.pages() else "notebooks/reparametrization/lora"
-    assert targets([read]) == [first]
-    assert colab["href"] == rules.colab(rules.ROOT / f"{first}.ipynb")
+    assert targets([read]) == [FIRST_RUN]
+    assert colab["href"] == rules.colab(rules.ROOT / f"{FIRST_RUN}.ipynb")
     assert targets([teach]) == ["book/how-to-use"]
 
 
@@ -149,7 +148,7 @@ def test_the_chapters_stand_in_the_order_of_the_menu(book):
 def test_the_order_that_readers_need():
     order = [p.split("/")[-1] for p in rules.pages()]
     start = [p for p in order if p in ("first_run", "anatomy", "backbones", "memory", "adapters")]
-    assert start[-4:] == ["anatomy", "backbones", "memory", "adapters"] and start[:-4] in ([], ["first_run"])
+    assert start == ["first_run", "anatomy", "backbones", "memory", "adapters"]
     assert order[order.index("qlora") + 1] == "keep_less"
 
 
