@@ -577,7 +577,7 @@ def test_no_more_is_made_than_a_file_holds(bert, saved, monkeypatch):
 @pytest.mark.parametrize("method", TOO_LARGE, ids=lambda method: repr(method)[:60])
 def test_what_no_memory_holds_is_refused_before_it_is_made(bert, method):
     before, start = Snapshot(bert), time.process_time()
-    with pytest.raises(ValueError, match="must make (at most [0-9,]* numbers|fewer tensors) beside this model"):
+    with pytest.raises(ValueError, match="must make (at most [0-9,]* numbers|fewer tensors) beside this"):
         gl.attach(bert, method)
     assert time.process_time() - start < 3
     before.check()

@@ -77,7 +77,8 @@ def test_a_restart_of_gpt2s_queries_leaves_keys_and_values_alone():
 
 
 def test_no_more_cycles_start_than_there_are_steps():
-    assert gl.ReLoRA(r=3, restarts=10**12).starts(5) == gl.ReLoRA(r=3, restarts=7).starts(5) == [0, 1, 2, 3, 4]
+    for restarts in (4, 7, 10**12):
+        assert gl.ReLoRA(r=3, restarts=restarts).starts(5) == [0, 1, 2, 3, 4]
     assert gl.ReLoRA(r=3, restarts=2).starts(7) == [0, 2, 4]
 
 

@@ -57,6 +57,7 @@ METHODS = {
     "Pfeiffer r=64": gl.PfeifferAdapter(r=64),
     "parallel r=64": gl.ParallelAdapter(r=64),
 }
+# checkpointing comes last: transformers leaves a hook on the embedding that makes its output need a gradient
 WAYS = {"": {}, "keep less": {"keep_less": True}, "checkpointing": {"checkpointing": True}}
 
 
@@ -81,8 +82,8 @@ def bytes_kept(device: str, tiny: bool) -> Iterator[dict]:
     rows, length = (2, 16) if tiny else (8, 512)
     model = llama(TINY if tiny else LLAMA_7B, device, torch.bfloat16)
     batch = batch_of(model, rows, length)
-    for label, method in METHODS.items():
-        for way, options in WAYS.items():
+    for way, options in WAYS.items():
+        for label, method in METHODS.items():
             if way and label != "LoRA r=8 on all":
                 continue
             predicted = gl.predict(
@@ -239,10 +240,10 @@ def runs(device: str, tiny: bool, name: str, folder: Path, minutes: float) -> It
     )
     command = [sys.executable, "-c", code, name, str(folder)]
     try:
-        subprocess.run(command, cwd=ROOT, timeout=60 * minutes, check=False)
+        subprocess.run(command, cwd=ROOT, timeout=60 * minutes, check=True)
     except subprocess.TimeoutExpired:
         pass  # what was made is in the file
-    path = folder / f"{name}.json"
+    path = folder / f"{Path(name).stem}.json"
     yield {"name": name, "runs": len(json.loads(path.read_text())["runs"]) if path.exists() else 0}
 
 
@@ -263,7 +264,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the result")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to see that the script works")
     parser.add_argument("--parts", nargs="*", default=["bytes", "ratios", "invariants", "runs"])
-    parser.add_argument("--compare", default="minilm", help="which comparison to go on with")
+    parser.add_argument("--compare", default="minilm", help="which comparison to go on with, or a YAML file")
     parser.add_argument("--minutes", type=float, default=8)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
