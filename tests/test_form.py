@@ -74,6 +74,24 @@ def test_folds_say_what_is_in_them(opened):
     assert all(label in ("Solution", "Set-up") or label.startswith("Code of this") for label in labels)
 
 
+def test_a_first_column_breaks_no_word_on_a_phone(opened):
+    page = opened[1]
+    page.set_viewport_size({"width": 390, "height": SCREEN})
+    broken = page.evaluate(
+        """() => [...document.querySelectorAll('article [role=group] tr > :first-child')].flatMap(cell => {
+            const text = cell.firstChild;
+            return text ? [...text.data.matchAll(/[^\\s-]+/g)].filter(word => {
+                const range = document.createRange();
+                range.setStart(text, word.index);
+                range.setEnd(text, word.index + word[0].length);
+                return range.getClientRects().length > 1;
+            }).map(word => word[0]) : [];
+        })"""
+    )
+    page.set_viewport_size({"width": 1280, "height": SCREEN})
+    assert not broken
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_place_can_be_seen_on_any_page(opened, scheme):
     """Its lines and words take the colour of the text, which stands out from what is behind them."""
