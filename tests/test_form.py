@@ -95,7 +95,10 @@ def test_a_first_column_breaks_no_word_on_a_phone(opened):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_place_can_be_seen_on_any_page(opened, scheme):
     """Its lines and words take the colour of the text, which stands out from what is behind them."""
-    page = opened[1]
+    name, page = opened
+    if not page.locator("figure.guidelib-place svg").count():
+        assert name.startswith(rules.OF_NO_METHOD)
+        pytest.skip("a page of no method has none")
     page.evaluate("scheme => { document.documentElement.dataset.theme = scheme }", scheme)
     drawing = page.locator("figure.guidelib-place svg").first
     assert "five places" in drawing.get_attribute("aria-label")
