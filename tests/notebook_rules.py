@@ -483,6 +483,8 @@ def facts(nb: NotebookNode, path: Path) -> Iterator[str]:
         yield "the title cell needs '1 minutes to read · 5 seconds to run · 1.0 GB of memory' to fill in"
     elif int(said[0].split()[0]) != TOOL.minutes(nb):
         yield f"the title cell says {said[0].split()[0]} minutes to read, it takes {TOOL.minutes(nb)}"
+    if said and "book/glossary.md)" not in nb.cells[0].source:
+        yield "the title cell must link to the glossary, where each term stands once"
 
 
 def named_checks(nb: NotebookNode, path: Path) -> Iterator[str]:
