@@ -87,9 +87,8 @@ def test_the_first_screen_says_what_this_is(opened):
         for node in page.locator(part).all():
             box = node.bounding_box()
             assert box["height"] and box["y"] + box["height"] <= 800, f"{part} is not on the first screen"
-    looks = page.locator(".guide-buttons a").evaluate_all(
-        "nodes => nodes.map(node => ['font', 'padding', 'borderWidth'].map(key => getComputedStyle(node)[key]))"
-    )
+    looks = page.locator(".guide-buttons a").evaluate_all("""nodes => nodes.map(
+        node => ['font', 'padding', 'borderWidth'].map(key => getComputedStyle(node)[key]))""")
     assert len(looks) == 3 and looks[0] == looks[1] == looks[2], "a button looks unlike the others"
 
 
