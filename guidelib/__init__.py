@@ -44,6 +44,7 @@ _MODULES = {
     "guidelib.reparametrization.said": ("IntrinsicSAID",),
     "guidelib.selective.anchors": ("FullFineTuning", "HeadOnly"),
     "guidelib.materials.tasks": ("Task", "load_task"),
+    "guidelib.training.checkpointing": ("checkpointing",),
     "guidelib.training.fit": ("evaluate", "fit"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

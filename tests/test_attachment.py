@@ -433,7 +433,7 @@ def test_any_parameter_can_be_replaced_while_the_model_runs(backbone):
     part.plug()
 
     model.train()
-    model.activation_checkpointing_enable()
+    gl.checkpointing(model)
     torch.manual_seed(0)
     model(**inputs).loss.backward()
     assert part.factor.grad.abs() > 0
@@ -441,7 +441,7 @@ def test_any_parameter_can_be_replaced_while_the_model_runs(backbone):
         model(input_ids=torch.full((1, 2), 10**6))
     now = dict(model.named_parameters())
     assert all(now[name] is parameter for name, parameter in parameters.items())
-    model.activation_checkpointing_disable()
+    gl.checkpointing(model, on=False)
     model.eval()
     acting = outputs(model, inputs)
     attachment.merge()

@@ -386,14 +386,14 @@ def test_checkpointing_keeps_less_and_computes_more(method):
     model, inputs = build("tiny-bert", dtype=torch.float32), batch("tiny-bert", rows=8, length=32)
     gl.attach(model, METHODS[method])
     before = gl.measure(model, inputs)
-    model.activation_checkpointing_enable()
+    gl.checkpointing(model)
     model.disable_input_require_grads()  # enabling asks the embeddings' output for a gradient
     after = gl.measure(model, inputs)
     assert closed_form.predict(model, inputs) is None
     assert after.saved_bytes < 0.5 * before.saved_bytes
     assert after.forward_flops == before.forward_flops
     assert before.backward_flops < after.backward_flops <= before.backward_flops + before.forward_flops
-    model.activation_checkpointing_disable()
+    gl.checkpointing(model, on=False)
     assert gl.measure(model, inputs) == before
     assert closed_form.predict(model, inputs) is not None
     model.enable_input_require_grads()

@@ -297,7 +297,7 @@ def test_gradient_checkpointing_repeats_the_choice_within_the_block(form):
         with gl.using(model, IDS):
             model(**inputs).loss.backward()
         gradients.append([p.grad for part in attachment.parts for p in part.parameters()])
-        model.activation_checkpointing_enable()
+        gl.checkpointing(model)
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(*gradients, strict=True))
 
 
@@ -320,7 +320,7 @@ def test_gradient_checkpointing_repeats_the_choice_of_its_pass_whenever_it_compu
         backward.start()
         backward.join()
         gradients.append([p.grad for part in attachment.parts for p in part.parameters()])
-        model.activation_checkpointing_enable()
+        gl.checkpointing(model)
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(*gradients, strict=True))
 
 

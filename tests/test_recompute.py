@@ -131,7 +131,7 @@ def test_16_bits(backbone, dtype):
 def test_beside_gradient_checkpointing(backbone):
     model = build(backbone)
     randomise(gl.attach(model, gl.LoRA(r=2, targets="all")))
-    model.activation_checkpointing_enable()
+    gl.checkpointing(model)
     assert_the_same_step(model.train(), batch(backbone))
     checkpointed = costs.saved_bytes(model, batch(backbone))
     assert costs.saved_bytes(model, batch(backbone), keep_less=True) <= checkpointed

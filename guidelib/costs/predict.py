@@ -16,6 +16,7 @@ from guidelib.costs.step import Batch
 from guidelib.materials.backbones import blank_backbone
 from guidelib.materials.configs import load_config
 from guidelib.materials.tasks import Task
+from guidelib.training.checkpointing import checkpointing as switch_on_checkpointing
 
 
 @unset_fake_temporarily()
@@ -55,7 +56,7 @@ def predict(
     model = _blank(model, task, dtype)
     attach(model, method)
     if checkpointing:
-        model.activation_checkpointing_enable()
+        switch_on_checkpointing(model)
     inputs = _batch(model, batch, length, target_length or length, padded)
     return measure(model, inputs, dropout=dropout, keep_less=keep_less)
 

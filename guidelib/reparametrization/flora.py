@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from guidelib.core.anatomy import Site, Targets
 from guidelib.core.attaching import Attachment, attach, attached, load
 from guidelib.core.method import expect
-from guidelib.core.points.passes import Call, noted, notes
+from guidelib.core.points.passes import Call, noted, notes, remember
 from guidelib.core.points.weight_delta import BranchCost, Delta, DeltaPart, WeightDelta, added_dtype
 from guidelib.reparametrization.lora import LoRA
 
@@ -245,6 +245,7 @@ def using(model: PreTrainedModel, ids: int | Sequence[int], *, num_beams: int = 
     right = bool(listed) and all(type(i) is int and 0 <= i < tasks for i in listed)
     expect(right, "ids", given, f"an adapter's number from 0 to {tasks - 1}, or one for each example")
     choice = (ids if single else torch.tensor(listed)), num_beams
+    remember(model)
     with noted({part.delta: choice for part in parts}):
         yield
 

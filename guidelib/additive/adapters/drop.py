@@ -23,7 +23,7 @@ from guidelib.additive.adapters.bottleneck import PfeifferAdapter
 from guidelib.core.anatomy import Anatomy
 from guidelib.core.method import Method, Wrapper, expect
 from guidelib.core.points.part import Part
-from guidelib.core.points.passes import Call, noted, notes
+from guidelib.core.points.passes import Call, noted, notes, remember
 from guidelib.core.points.sublayer import SKIPPED, SublayerPart
 from guidelib.core.values import draw
 
@@ -92,6 +92,7 @@ class RandomDrop(Part):
         if not self.training:
             return call(*args, **kwargs)
         n = draw(self.method.drop + 1)
+        remember(self._places[0])
         left_out = {part for part in self._places[1] if part.sublayer.layer < n}
         with noted({SKIPPED: left_out | notes().get(SKIPPED, set())}):
             return call(*args, **kwargs)

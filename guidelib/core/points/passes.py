@@ -71,6 +71,21 @@ def framed(call: Call, *args: Any, **kwargs: Any) -> Any:
         _thread.notes = before
 
 
+def remember(model: nn.Module) -> None:
+    """For transformers before 5.23, which checkpoints a block's call and not its forward, so that `framed`
+    sees only what is within: call it where notes are made for a whole pass."""
+    for block in model.modules():
+        checkpoint = vars(block).get("_gradient_checkpointing_func")
+        if checkpoint is None or type(block).__call__ is nn.Module.__call__:
+            continue
+        if getattr(checkpoint, "func", None) is not _remembering:
+            block._gradient_checkpointing_func = partial(_remembering, checkpoint)
+
+
+def _remembering(checkpoint: Callable, function: Callable, *args: Any) -> Any:
+    return _checkpoint(checkpoint, _thread.notes, function, *args)
+
+
 def _checkpoint(checkpoint: Callable, mine: Mapping[Any, Any], function: Callable, *args: Any) -> Any:
     return checkpoint(partial(_with_notes, mine, function), *args)
 
