@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+import guidelib as gl
 from guidelib.materials import checkpoints
 from guidelib.materials.backbones import _NAMED, MeanPoolClassifier, load_backbone
 from guidelib.materials.checkpoints import MINILM_HUB, MINILM_SHA256, SMOLLM2_GGUF, minilm_folder
@@ -239,8 +240,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, task):
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-            assert model.is_activation_checkpointing
+            gl.checkpointing(model)
+            assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         model.zero_grad()
         model(**batch).loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
@@ -388,7 +389,9 @@ def test_smollm2_is_converted_once_and_answers(tmp_path, monkeypatch, task):
     weights = folder / "model.safetensors"
     made = weights.stat().st_mtime_ns
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
-    assert tokenizer.pad_token_id == model.config.pad_token_id and tokenizer.model_max_length == 8192
+    for role in ("bos", "eos", "pad"):
+        assert getattr(tokenizer, f"{role}_token_id") == getattr(model.config, f"{role}_token_id")
+    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.model_max_length == 8192
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     answer = model.generate(**prompt, max_new_tokens=5, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0])

@@ -127,13 +127,16 @@ def _convert_smollm2(folder: Path) -> None:
         new = Path(temporary, "new")
         packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=SMOLLM2_GGUF)
         config, state = packed.config, packed.state_dict()
-        del (
-            config.quantization_config
-        )  # a trace of the GGUF file; save_pretrained refuses a model that has it
+        # a trace that newer transformers leave; save_pretrained refuses a model that has it
+        vars(config).pop("quantization_config", None)
         model = type(packed).from_pretrained(None, config=config, state_dict=state, dtype=torch.bfloat16)
         model.save_pretrained(new)
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_GGUF)
         tokenizer.model_max_length = config.max_position_embeddings
+        # older transformers read another end of a text from the file, and no padding
+        for role in ("bos", "eos", "pad"):
+            token = tokenizer.convert_ids_to_tokens(getattr(config, f"{role}_token_id"))
+            setattr(tokenizer, f"{role}_token", token)
         tokenizer.save_pretrained(new)
         digests = {file.name: _sha256(file) for file in sorted(new.iterdir())}
         record = {"source": SMOLLM2_PACKAGE, "gguf_sha256": SMOLLM2_SHA256, "sha256": digests}
