@@ -23,6 +23,7 @@ from common import (
     outputs,
     randomise,
 )
+from packaging.version import Version
 from torch.func import functional_call, grad, jvp, vmap
 
 import guidelib as gl
@@ -333,7 +334,7 @@ def test_11_checkpointing_gives_the_same_gradients(attached):
         torch.manual_seed(3)
         step(model, inputs)
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-        model.activation_checkpointing_enable()
+        gl.checkpointing(model)
     assert gradients[0].keys() == gradients[1].keys() and gradients[0]
     for name, gradient in gradients[0].items():
         assert (gradient - gradients[1][name]).abs().max() < 1e-12, name
@@ -583,6 +584,9 @@ def test_15_every_method_is_compiled_here():
     assert {name for names in gl.METHODS.values() for name in names} <= there
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.13"), reason="an older torch cannot trace the twin of a module"
+)
 @pytest.mark.parametrize("method", COMPILED, ids=lambda method: type(method).__name__)
 def test_15_torch_compile_takes_the_whole_model_in_one_graph(method):
     model, inputs = build("tiny-bert"), batch("tiny-bert")

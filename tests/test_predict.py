@@ -37,7 +37,7 @@ def measured(backbone, method, inputs, checkpointing=False, **options):
     model = build(backbone, dtype=torch.float32)
     gl.attach(model, method)
     if checkpointing:
-        model.activation_checkpointing_enable()
+        gl.checkpointing(model)
     return count_step(model, inputs, **options)
 
 
@@ -258,7 +258,8 @@ print(json.dumps([memory, costs.count.total, costs.memory.weights, costs.memory.
     assert weights == 2 * total + 4 * trained + 2 * 4 * 64  # with the rotary frequencies, twice
     assert plan == weights + 3 * gradients + saved
     products = layers * (4 * d * d + 3 * d * inner) + words * d + trained
-    assert forward == 2 * tokens * products + layers * 2 * (2 * 8 * 512**2 * d)
+    rotary = 2 * 512 * 64  # older versions of transformers multiply matrices for the angles
+    assert forward - 2 * tokens * products - layers * 2 * (2 * 8 * 512**2 * d) in (0, rotary)
     # at least what attention, the gates and the loss in 32 bits need
     assert saved > layers * tokens * 2 * (4 * d + 2 * inner) + tokens * words * 4
 

@@ -490,7 +490,7 @@ def load(model: PreTrainedModel, path: str | os.PathLike, *, any_weights: bool =
 
 
 def _short(error: Exception) -> str:
-    text = str(error)
+    text = " ".join(str(error).split())  # one line
     return text if len(text) <= 400 else f"{text[:400]} ..."
 
 

@@ -206,9 +206,13 @@ def _inputs(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
+    # one by one: older transformers do not hand the choice on to the two stacks of T5
+    stacks = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    before = [stack.config._attn_implementation for stack in stacks]
     try:
+        for stack in stacks:
+            stack.set_attn_implementation("eager")
         yield
     finally:
-        model.set_attn_implementation(before)
+        for stack, implementation in zip(stacks, before, strict=True):
+            stack.set_attn_implementation(implementation)
