@@ -8,6 +8,7 @@ import re
 import sys
 import textwrap
 
+import ipywidgets
 import matplotlib
 import matplotlib.pyplot as plt
 import nbformat
@@ -20,6 +21,8 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from guidelib.pages import viz
+
+OLD_WIDGETS = ipywidgets.__version__.startswith("7.")
 
 # How a colour looks with a kind of colour blindness, for linear RGB: Machado, Oliveira and Fernandes 2009.
 SIGHT = {
@@ -246,7 +249,8 @@ def test_panel_runs_the_function_again(live):
     assert [text for text, _ in slider.options] == ["1", "2", "1,024"]
     slider.value = 1024
     menu.value = "v"
-    assert calls == [(1, "q", 1.5), (1024, "q", 1.5), (1024, "v", 1.5)]
+    first = [] if OLD_WIDGETS else [(1, "q", 1.5)]  # ipywidgets 7 waits until it is shown
+    assert calls == [*first, (1024, "q", 1.5), (1024, "v", 1.5)]
 
 
 def test_panel_refuses(live):
@@ -283,7 +287,8 @@ def test_panel_in_a_kernel_shows_output_figure_result_and_error(live):
     client.comm_open_handlers = {}
     client.execute()
     shown = [json.dumps(cell.outputs) for cell in notebook.cells]
-    assert "application/vnd.jupyter.widget-view+json" in shown[0]
+    if not OLD_WIDGETS:  # without a front end, ipywidgets 7 clears it away
+        assert "application/vnd.jupyter.widget-view+json" in shown[0]
     for output, rank in zip(shown, (4, 2), strict=False):
         assert f"rank {rank}" in output and f"'inverse': {1 / rank}" in output and "image/png" in output
     assert "rank 0" in shown[2] and "ZeroDivisionError" in shown[2]
