@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 import guidelib as gl
+from guidelib.core.anatomy import Anatomy
 
 TWO_CLASSES = gl.Task("two-classes", "classification", ("no", "yes"), None, None, None)
 ENCODERS = ("tiny-bert", "tiny-roberta", "tiny-distilbert")
@@ -49,6 +52,7 @@ def fusion_key_bias(name: str) -> bool:
 SMALL = gl.PfeifferAdapter(r=4)
 NO_NORM_BEHIND = {name: "no norm behind" for name in (*DECODERS, "tiny-t5-random", "tiny-t5v1-random")}
 NO_HEAD = {name: "no task head" for name in DECODERS + SEQ2SEQ}
+NO_CLASSES = {name: "an encoder with a task head" for name in DECODERS + SEQ2SEQ}
 METHOD_CASES = {
     "full": Case(gl.FullFineTuning(), silent=key_bias),
     "head": Case(gl.HeadOnly(), refuses=NO_HEAD),
@@ -89,6 +93,23 @@ METHOD_CASES = {
     "adapter-drop": Case(gl.AdapterDrop(SMALL, 1), "near", 0.3),
     "adapter-drop-random": Case(gl.AdapterDrop(SMALL, 1, random=True), "near", 0.3),
     "adamix": Case(gl.AdaMix(r=4, experts=3), "near", 1e-3),
+    "prompt": Case(gl.PromptTuning(length=4), "none"),
+    "prompts": Case(gl.PromptTuning(length=3, tasks=2), "none"),
+    "prefixes": Case(gl.PrefixTuning(length=2, tasks=2), "none"),
+    "prompt-lstm": Case(gl.PTuning(length=3, hidden=4), "none"),
+    "prompt-mlp": Case(gl.PTuning(length=3, encoder="mlp"), "none"),
+    "warp": Case(gl.WARP(length=3, mask=5), "none", refuses=NO_CLASSES),
+    "warp-trained": Case(gl.WARP(length=3), "none", refuses=NO_CLASSES),
+    "spot": Case(gl.SPoT(length=3), "none"),
+    "ipt": Case(gl.IPT(length=3, d=4, hidden=5), "none"),
+    "prompt-late": Case(gl.LatePromptTuning(length=3), "none"),
+    "prompt-generated": Case(
+        gl.LatePromptTuning(length=2, bottleneck=4),
+        "none",
+        refuses=dict.fromkeys(DECODERS, "must not see what it is to write"),
+    ),
+    "prefix-mlp": Case(gl.PrefixTuning(length=3, mlp=8), "none"),
+    "prefix": Case(gl.PrefixTuning(length=3), "none"),
     "adapter-lora": Case(gl.Adapter(r=3) + gl.LoRA(r=2, targets=("q", "ffn.out")), "near", 1e-3),
 }
 
@@ -119,6 +140,28 @@ def batch(name: str, *, padded: bool = True, rows: int = 3, length: int = 9) -> 
     else:
         labels = torch.randint(3, 259, (rows, 5), generator=generator)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def padded_left(model: PreTrainedModel, inputs: dict[str, torch.Tensor], n: int) -> dict[str, torch.Tensor]:
+    """The same texts with n more places of padding on their left, and the positions of their tokens, where
+    the model can be told."""
+    shape, fill = inputs["input_ids"].shape, {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    inputs = {
+        name: F.pad(value, (n, 0), value=fill[name]) if value.shape == shape else value
+        for name, value in inputs.items()
+    }
+    body = next(iter(Anatomy(model).bodies().values()))
+    if "position_ids" in inspect.signature(type(body.module).forward).parameters:
+        inputs["position_ids"] = body.first + (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    return inputs
+
+
+def states(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What the head reads for each token, without gradient: of an encoder-decoder the logits."""
+    with torch.no_grad():
+        if model.config.is_encoder_decoder:
+            return model(**inputs).logits
+        return model.base_model(**{k: v for k, v in inputs.items() if k != "labels"}).last_hidden_state
 
 
 def outputs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

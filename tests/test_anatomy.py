@@ -221,9 +221,7 @@ def test_restrict(arguments, blocks):
     assert {(site.stack, site.layer) for site in limited.linears("q")} == {
         (s, n) for s, n, _ in limited.blocks()
     }
-    assert {(stack, layer) for stack, layer, _, _ in limited.attentions()} == {
-        (s, n) for s, n, _ in limited.blocks()
-    }
+    assert {(a.stack, a.layer) for a in limited.attentions()} == {(s, n) for s, n, _ in limited.blocks()}
     assert len(list(anatomy.blocks())) == 4  # the first one is not changed
 
 
@@ -442,7 +440,7 @@ def test_the_head_of_every_class_of_an_architecture(kind):
 def test_attentions():
     bart, gpt2 = build("tiny-bart"), build("tiny-gpt2")
     encoder, decoder = bart.model.encoder.layers, bart.model.decoder.layers
-    assert list(Anatomy(bart).attentions()) == [
+    assert [(a.stack, a.layer, a.role, a.module) for a in Anatomy(bart).attentions()] == [
         ("encoder", 0, "self", encoder[0].self_attn),
         ("encoder", 1, "self", encoder[1].self_attn),
         ("decoder", 0, "self", decoder[0].self_attn),
@@ -450,19 +448,24 @@ def test_attentions():
         ("decoder", 1, "self", decoder[1].self_attn),
         ("decoder", 1, "cross", decoder[1].encoder_attn),
     ]
-    assert [module for *_, module in Anatomy(gpt2).attentions()] == [
+    assert [a.module for a in Anatomy(gpt2).attentions("self")] == [
         block.attn for block in gpt2.transformer.h
     ]
+    assert [a.value.name for a in Anatomy(bart).attentions("cross")] == [
+        "decoder.0.cross.v",
+        "decoder.1.cross.v",
+    ]
+    with pytest.raises(ValueError, match="attentions: 'cross' is not in this gpt2 model; it has self"):
+        Anatomy(gpt2).attentions("cross")
 
 
 def test_every_attention_is_called(model):
     """The modules that are named run in a forward pass, each once."""
     anatomy, calls = Anatomy(model), []
-    for *_, attention in anatomy.attentions():
-        assert attention is not None
-        attention.register_forward_hook(lambda module, args, output: calls.append(module))
+    for attention in anatomy.attentions():
+        attention.module.register_forward_hook(lambda module, args, output: calls.append(module))
     call(model)
-    assert calls == [attention for *_, attention in anatomy.attentions()]
+    assert calls == [attention.module for attention in anatomy.attentions()]
 
 
 def test_the_embedding_is_the_token_embedding(model):

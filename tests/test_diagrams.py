@@ -43,6 +43,7 @@ EXPECTED = {  # method -> the places that its paper speaks of
     "AdapterFusion": {2},
     "AdapterDrop": {2},
     "AdaMix": {2},
+    **dict.fromkeys(gl.METHODS["soft prompts"], {3}),
 }
 
 

@@ -219,7 +219,7 @@ def test_the_choice_ends_with_the_block_also_after_an_error_and_nests():
 
 
 REFUSED_IDS = [
-    (3, "ids must be an adapter's number from 0 to 2, or one for each example, got 3"),
+    (3, "ids must be a number from 0 to 2, or one for each example, got 3"),
     (-1, "got -1"),
     ([0, 3], r"got \[0, 3\]"),
     ([], r"got \[\]"),

@@ -55,7 +55,7 @@ def copies(model):
 
 
 def stuck(model, before, silent=lambda name: False):
-    return {n for n, p in trained(model).items() if torch.equal(p, before[n]) and not silent(n)}
+    return {n for n, p in trained(model).items() if torch.equal(p, before.get(n, p + 1)) and not silent(n)}
 
 
 # what is trained in 16 bits

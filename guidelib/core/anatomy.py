@@ -20,8 +20,10 @@ from transformers.pytorch_utils import Conv1D
 from guidelib.core.architectures import (
     ARCHITECTURES,
     ATTENTION_ROLES,
+    COUNT_FROM_PADDING,
     GROUPS,
     LOADED,
+    POSITION_TABLES,
     TARGET_NAMES,
     Stack,
     is_pretrained,
@@ -144,7 +146,53 @@ class Sublayer:
         return self.out.shape[0]
 
 
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """One attention of a block.
+
+    role: "self" or "cross".  module: the one that projects to queries, keys and values and attends.  key,
+    value: its maps to them.  block: the transformer block that it is in.  looks_back: whether a token sees
+    those before it alone.
+    """
+
+    stack: str
+    layer: int
+    role: str
+    module: nn.Module
+    key: Site
+    value: Site
+    block: nn.Module
+
+    @property
+    def name(self) -> str:
+        return f"{self.stack}.{self.layer}.{self.role}"
+
+    @property
+    def looks_back(self) -> bool:
+        return self.role == "self" and (
+            self.stack == "decoder" or getattr(self.module.config, "is_decoder", False)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Body:
+    """The module of a stack that embeds the tokens and runs the blocks.
+
+    width: d.  first: the position of a text's first token.  places: how many positions there are, None
+    where they have no end.  follower: the body that attends to what this one gives, None where a head does.
+    """
+
+    stack: str
+    module: nn.Module
+    embedding: nn.Module
+    width: int
+    first: int
+    places: int | None
+    follower: nn.Module | None
+
+
 SUBLAYER_NAMES = ("self", "cross", "ffn", "attn")
+ATTENTION_NAMES = ("self", "cross", "attn")
 
 
 class Anatomy:
@@ -192,7 +240,7 @@ class Anatomy:
         if layers is not None:
             wanted = [layers] if isinstance(layers, int) else list(layers)
             for name, inside in kept.items():
-                depth = len(_find(self.base, self.stacks[name].blocks))
+                depth = self.depth(name)
                 bad = [n for n in wanted if type(n) is not int or not -depth <= n < depth]
                 if bad or not wanted:
                     raise ValueError(
@@ -277,12 +325,41 @@ class Anatomy:
                 raise ValueError(f"{argument}: {name!r} is not in this {self.kind} model; it has {present}")
         return [place for place in places if any(matches(name, place.role) for name in names)]
 
-    def attentions(self) -> Iterator[tuple[str, int, str, nn.Module]]:
-        """(stack, layer, "self" or "cross", attention module) in order, within the restriction."""
+    def depth(self, stack: str) -> int:
+        """How many blocks the stack has, whatever the restriction."""
+        return len(_find(self.base, self.stacks[stack].blocks))
+
+    def attentions(self, names: Targets = "attn") -> list[Attention]:
+        """The attentions that ``names`` lists, in order: ``self``, ``cross``, ``attn`` (both).
+
+        Raises ValueError if a name is unknown, or known but not in this model.
+        """
+        attentions = []
         for name, layer, block in self.blocks():
-            for kind, path in self.stacks[name].attention.items():
-                if (attention := _find(block, path)) is not None:
-                    yield name, layer, kind, attention
+            sites = _sites(block, self.stacks[name])
+            sites = {site.role: replace(site, stack=name, layer=layer) for site in sites}
+            for role in ("self", "cross"):
+                if f"{role}.k" in sites:
+                    inside = self.stacks[name].linears[f"{role}.k"].rpartition(".")[0]
+                    maps = sites[f"{role}.k"], sites[f"{role}.v"]
+                    attentions.append(Attention(name, layer, role, _find(block, inside), *maps, block))
+        return self._choose("attentions", names, ATTENTION_NAMES, attentions, _stands_for)
+
+    def bodies(self) -> dict[str, Body]:
+        """The bodies of the stacks by name, within the restriction."""
+        bodies = {name: _find(self.base, stack.body) for name, stack in self.stacks.items()}
+        return {
+            name: Body(
+                stack=name,
+                module=bodies[name],
+                embedding=self.embedding,
+                width=self.embedding.weight.shape[1],
+                first=self.model.config.pad_token_id + 1 if self.kind in COUNT_FROM_PADDING else 0,
+                places=_places(bodies[name]),
+                follower=bodies.get("decoder") if name == "encoder" else None,
+            )
+            for name in self._layers
+        }
 
     def norms(self) -> dict[str, nn.Parameter]:
         """Gains and biases of every normalisation layer (LayerNorm and the RMS variants), by parameter
@@ -498,6 +575,14 @@ def expect_weights(model: nn.Module) -> None:
             f"model: accelerate offloads the weights of {name!r}, which are there only while it runs; "
             "take them back with accelerate.hooks.remove_hook_from_module(model, recurse=True)"
         )
+
+
+def _places(body: nn.Module) -> int | None:
+    """How many positions a learned table of the body has, without those that it skips (BART's first two)."""
+    for name, module in body.named_modules():
+        if isinstance(module, nn.Embedding) and name.split(".")[-1] in POSITION_TABLES:
+            return module.num_embeddings - getattr(module, "offset", 0)
+    return None
 
 
 def _stands_for(name: str, role: str) -> bool:

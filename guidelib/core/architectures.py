@@ -43,6 +43,8 @@ class Stack:
     BERT that is no decoder) is simply not there.  ``path[i/n]`` is the i-th of n equal parts of a fused
     projection's outputs.
 
+    ``body`` is the module that embeds the tokens and runs the blocks.
+
     ``ends`` gives each sub-layer's norm and the dropout that acts on its output before the residual is added:
     a path, None where there is none, "" where the block calls it as a function.  Where the norm is missing,
     so is the sub-layer.  ``pre_norm``: whether the norm stands at the sub-layer's start instead of behind the
@@ -51,9 +53,9 @@ class Stack:
 
     blocks: str
     linears: dict[str, str]
-    attention: dict[str, str]
     ends: Ends = field(default_factory=dict)
     pre_norm: bool = False
+    body: str = ""
 
 
 def _stack(
@@ -62,13 +64,14 @@ def _stack(
     ffn: dict[str, str],
     ends: Ends,
     pre_norm: bool = False,
+    body: str = "",
 ) -> Stack:
     linears = {
         f"{kind}.{role}": f"{module}.{name}" if module else name
         for kind, (module, *names) in attention.items()
         for role, name in zip(ATTENTION_ROLES, names, strict=True)
     }
-    return Stack(blocks, linears | ffn, {kind: paths[0] for kind, paths in attention.items()}, ends, pre_norm)
+    return Stack(blocks, linears | ffn, ends, pre_norm, body)
 
 
 _BERT_MAPS = ("self.query", "self.key", "self.value", "output.dense")
@@ -131,9 +134,13 @@ def _t5_ends(*kinds: str) -> Ends:
 _T5_SELF = {"self": ("layer.0.SelfAttention", "q", "k", "v", "o")}
 _T5_CROSS = {"cross": ("layer.1.EncDecAttention", "q", "k", "v", "o")}
 _T5 = {
-    "encoder": _stack("encoder.block", _T5_SELF, _t5_ffn(1), _t5_ends("self", "ffn"), pre_norm=True),
+    "encoder": _stack(
+        "encoder.block", _T5_SELF, _t5_ffn(1), _t5_ends("self", "ffn"), pre_norm=True, body="encoder"
+    ),
     "decoder": _stack(
-        "decoder.block", _T5_SELF | _T5_CROSS, _t5_ffn(2), _t5_ends("self", "cross", "ffn"), pre_norm=True
+        *("decoder.block", _T5_SELF | _T5_CROSS, _t5_ffn(2), _t5_ends("self", "cross", "ffn")),
+        pre_norm=True,
+        body="decoder",
     ),
 }
 _BART_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -147,8 +154,10 @@ _BART_CROSS_ENDS = {  # in the order of the block
     "ffn": _BART_ENDS["ffn"],
 }
 _BART = {
-    "encoder": _stack("encoder.layers", _BART_SELF, _BART_FFN, _BART_ENDS),
-    "decoder": _stack("decoder.layers", _BART_SELF | _BART_CROSS, _BART_FFN, _BART_CROSS_ENDS),
+    "encoder": _stack("encoder.layers", _BART_SELF, _BART_FFN, _BART_ENDS, body="encoder"),
+    "decoder": _stack(
+        "decoder.layers", _BART_SELF | _BART_CROSS, _BART_FFN, _BART_CROSS_ENDS, body="decoder"
+    ),
 }
 
 ARCHITECTURES: dict[str, dict[str, Stack]] = {
@@ -160,6 +169,10 @@ ARCHITECTURES: dict[str, dict[str, Stack]] = {
     "bart": _BART,
     "mbart": {name: replace(stack, pre_norm=True) for name, stack in _BART.items()},
 }
+
+
+POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")
+COUNT_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")  # the first token has position padding id + 1
 
 
 def is_pretrained(model: transformers.PreTrainedModel) -> bool:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,10 @@ from guidelib.core.anatomy import ADDED, Anatomy, expect_weights
 from guidelib.core.bounds import Bounded
 from guidelib.core.files import FORMAT, checksum, read, write
 from guidelib.core.fingerprint import fingerprint
-from guidelib.core.method import Method, Spec
+from guidelib.core.method import Method, Spec, expect
+from guidelib.core.points.choice import Choosing
 from guidelib.core.points.part import Part, copied, put
+from guidelib.core.points.passes import noted, remember
 from guidelib.core.values import mode_of
 
 CARRIED = "_guidelib_attachment"  # of every module of the model: the attachment that it belongs to
@@ -467,6 +470,36 @@ def _changed(parts: list[Part]) -> int:
         for (parameter, rows), n in part.places.items():
             entries.setdefault(parameter, {})[rows] = n
     return sum(by_rows.get(None) or sum(by_rows.values()) for by_rows in entries.values())
+
+
+@contextmanager
+def using(model: PreTrainedModel, ids: int | Sequence[int], *, num_beams: int = 1) -> Iterator[None]:
+    """Within the block, example i of each batch uses the adapter, prompt or prefix ``ids[i]``; a single
+    number is for all of them.
+
+    num_beams: in generation with beams, as many as ``generate`` is given; the beams of an example use its
+    adapter.  The choice is that of the passes in this thread; others may choose otherwise at the same time.
+
+    Raises ValueError if what is attached has one of each alone, or is merged, or an id is none of its; and
+    the model does if a batch has another number of examples.
+    """
+    attachment = attached(model)
+    several = [m for part in attachment.parts for m in part.modules() if isinstance(m, Choosing)]
+    accepted = "one with FLoRA attached, or with several prompts or prefixes"
+    expect(bool(several), "model", f"one that carries {attachment.method!r}", accepted)
+    expect(not attachment.merged, "model", "a merged one", "unmerged; call unmerge() first")
+    whole = isinstance(num_beams, int) and num_beams >= 1
+    expect(whole, "num_beams", num_beams, "a whole number of at least 1")
+    tasks = min(module.tasks for module in several)
+    given, ids = ids, ids.tolist() if hasattr(ids, "tolist") else ids
+    single = isinstance(ids, int)
+    listed = [ids] if single else list(ids) if isinstance(ids, Sequence) else []
+    right = bool(listed) and all(type(i) is int and 0 <= i < tasks for i in listed)
+    expect(right, "ids", given, f"a number from 0 to {tasks - 1}, or one for each example")
+    choice = (ids if single else torch.tensor(listed)), num_beams
+    remember(model)
+    with noted({module: choice for module in several}):
+        yield
 
 
 def load(model: PreTrainedModel, path: str | os.PathLike, *, any_weights: bool = False) -> Attachment:

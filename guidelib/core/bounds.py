@@ -102,5 +102,8 @@ def _size(function: Any, args: Any, kwargs: Any) -> float:
     if function in PLAIN and args:
         n = math.prod(args[0] if isinstance(args[0], Sequence) else args)
     else:
-        n = function(*args, **kwargs | {"device": "meta"}).numel()
+        try:
+            n = function(*args, **kwargs | {"device": "meta"}).numel()
+        except (TypeError, RuntimeError, OverflowError):  # a size that is no number for torch
+            n = math.inf
     return n if not meta or n >= 2**63 else 0

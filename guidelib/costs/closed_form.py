@@ -21,6 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from guidelib.core.anatomy import ADDED, Anatomy, Site
+from guidelib.core.points.context import PrefixPart, PromptPart
 from guidelib.core.points.sublayer import SublayerPart
 from guidelib.core.points.weight_delta import BranchCost, DeltaPart
 
@@ -43,7 +44,7 @@ def predict(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> Predic
 
     Covered are BERT-like encoders with a mean-pool head in 32 or 64 bits, with fused (sdpa) attention for the
     bytes, without dropout and gradient checkpointing, and methods made of in-place selection, weight
-    deltas and adapters.
+    deltas, adapters, and prompts and prefixes that are trained themselves.
     """
     anatomy = Anatomy(model)
     added = getattr(model, ADDED, {}).values()
@@ -55,7 +56,7 @@ def predict(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> Predic
         or any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         # set with gradient checkpointing and left by transformers when that is switched off again
         or getattr(model, "_require_grads_hooks", None)
-        or not all(isinstance(part, DeltaPart) or _adapter_cost(part) for part in added)
+        or not all(isinstance(part, DeltaPart) or _adapter_cost(part) or _plain(part) for part in added)
     ):
         return None
     return _Step(model, anatomy, batch).run()
@@ -74,24 +75,32 @@ class _Step:
         config, ids = self.model.config, self.batch["input_ids"]
         self.size = next(self.model.parameters()).element_size()
         self.rows, self.length = ids.shape
-        self.tokens = ids.numel()  # B T
+        self.texts = self.tokens = ids.numel()  # B T
         self.width, self.heads = config.hidden_size, config.num_attention_heads
         mask = self.batch.get("attention_mask")
         self.padded = mask is not None and not bool(mask.all())
         self.merged = getattr(getattr(self.model, ADDED, None), "attachment", None)
         self.merged = self.merged is not None and self.merged.merged
-        self.deltas, self.adapters = {}, {}
+        self.deltas, self.adapters, self.prefixes, self.prompts = {}, {}, {}, 0
         if not self.merged:
             for part in getattr(self.model, ADDED, {}).values():
                 if isinstance(part, SublayerPart):
                     self.adapters.setdefault(part.sublayer.name, []).append(part)
+                elif isinstance(part, PrefixPart):
+                    before = self.prefixes.get(part.attention.layer, 0)
+                    self.prefixes[part.attention.layer] = before + len(part.prefix.P)
+                elif isinstance(part, PromptPart):
+                    self.prompts += part.length
                 else:
                     self.deltas.setdefault(part.site.name, []).append((part.name, part.delta))
 
+        self.length += self.prompts  # in the blocks
+        self.tokens = self.rows * self.length
         live, name = self.embedding(), "embedding"
         for _, layer, block in self.anatomy.blocks():
             sites = {site.role: site for site in self.anatomy.restrict(layer).linears()}
             live, name = self.block(layer, block, sites, live, name)
+        self.tokens = self.texts
         self.head(live)
         return Prediction(sum(self.kept.values()), self.forward, self.backward, self.kept)
 
@@ -103,7 +112,7 @@ class _Step:
         own."""
         embeddings = self.anatomy.base.embeddings
         tables = embeddings.word_embeddings, embeddings.position_embeddings, embeddings.token_type_embeddings
-        live = any(_trained(table.weight) for table in tables)
+        live = self.prompts > 0 or any(_trained(table.weight) for table in tables)
         if _trained(embeddings.token_type_embeddings.weight) and "token_type_ids" not in self.batch:
             # RoBERTa gathers them by position, row by row
             self.keep("token type ids", self.length if self.anatomy.kind == "bert" else self.tokens, 8)
@@ -145,19 +154,23 @@ class _Step:
         attention, feedforward = f"{layer}.attention", f"{layer}.ffn"
         into, stream = live, name
         flowing = {role: self.linear(sites[f"self.{role}"], live, name) for role in "qkv"}
-        scores = 2 * self.rows * self.length**2 * self.width  # of one of the two products
+        prefix = self.prefixes.get(layer, 0)
+        if prefix:  # before the keys and values, whether or not those are live
+            flowing |= {"k": True, "v": True}
+        keys = self.length + prefix
+        scores = 2 * self.rows * self.length * keys * self.width  # of one of the two products
         self.forward += 2 * scores
         mixed = any(flowing.values())
         # the gradient of either factor of the two products, where that factor is live
         weights = flowing["q"] or flowing["k"]
         self.backward += scores * (flowing["q"] + flowing["k"] + flowing["v"] + weights)
         if mixed:
-            for role in "qkv":
-                self.keep(f"{attention} {role}", self.tokens * self.width)
+            for role, seen in {"q": self.length, "k": keys, "v": keys}.items():
+                self.keep(f"{attention} {role}", self.rows * seen * self.width)
             self.keep(f"{attention} output", self.tokens * self.width)
             self.keep(f"{attention} log-sum-exp", self.tokens * self.heads)
             if self.padded:
-                self.keep(f"{attention} mask", self.rows * self.length**2)
+                self.keep(f"{attention} mask", self.rows * self.length * keys)
         live = self.linear(sites["self.o"], mixed, f"{attention} output")
         live = self.hooks(f"encoder.{layer}.self", block.attention.output.LayerNorm, live, into, stream)
         live = self.norm(f"{attention} norm", block.attention.output.LayerNorm, live or into)
@@ -207,6 +220,12 @@ class _Step:
 
 def _trained(parameter: torch.nn.Parameter) -> bool:
     return parameter.requires_grad
+
+
+def _plain(part: torch.nn.Module) -> bool:
+    """Whether it is a prompt or prefix with its own numbers, and nothing that makes them."""
+    made = part.prompt if isinstance(part, PromptPart) else getattr(part, "prefix", None)
+    return type(part) in (PromptPart, PrefixPart) and [name for name, _ in made.named_parameters()] == ["P"]
 
 
 def _kept(cost: BranchCost, tokens: int, live: bool) -> int:

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification
 import guidelib
 from guidelib.core.attaching import Attachment, attach
 from guidelib.core.method import Method, expect
+from guidelib.core.points.context import LatePart, PrefixPart, PromptPart
 from guidelib.core.points.part import Part
 from guidelib.core.points.sublayer import SublayerPart
 from guidelib.core.points.weight_delta import DeltaPart
@@ -95,6 +96,10 @@ def _of_part(part: Part) -> tuple[Lit, set[int]]:
     if isinstance(part, SublayerPart):
         spot = "FFN" if part.sublayer.role == "ffn" else "attention"
         return [(spot, "beside" if part.reads == "input" else "behind")], {part.sublayer.layer}
+    if isinstance(part, PrefixPart):
+        return [("keys and values", "added")], {part.attention.layer}
+    if isinstance(part, PromptPart | LatePart):
+        return [("context", "added")], set(range(getattr(part, "layer", 0), DEPTH))
     if isinstance(part, WeightSpacePart) and trained:
         return [(spot, "beside") for spot in (*WEIGHTS.values(), "norms")], every
     if isinstance(part, WeightSpacePart) or any(buffer.numel() for buffer in part.buffers()):
@@ -123,11 +128,11 @@ def _words(lit: Lit, where: str) -> str:
         "trained": "trained in place: {}",
         "bias": "the biases of {}",
         "recomputed": "rebuilt from a smaller form: {}",
-        "added": "added: {}",
+        "added": "something is added: to {}",
     }
     groups: dict[str, list[str]] = {}
     for spot, how in lit:
-        groups.setdefault(how, []).append(f"the {spot}" if spot in ("FFN", "norms") else spot)
+        groups.setdefault(how, []).append(spot if spot in (*WEIGHTS.values(), "attention") else f"the {spot}")
     parts = []
     for how, spots in groups.items():
         listed = " and ".join(filter(None, (", ".join(spots[:-1]), spots[-1])))

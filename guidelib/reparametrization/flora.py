@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,9 +24,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from guidelib.core.anatomy import Site, Targets
-from guidelib.core.attaching import Attachment, attach, attached, load
+from guidelib.core.attaching import Attachment, attach, load
 from guidelib.core.method import expect
-from guidelib.core.points.passes import Call, noted, notes, remember
+from guidelib.core.points.choice import Choosing
+from guidelib.core.points.passes import Call
 from guidelib.core.points.weight_delta import BranchCost, Delta, DeltaPart, WeightDelta, added_dtype
 from guidelib.reparametrization.lora import LoRA
 
@@ -73,12 +73,8 @@ class FLoRA(WeightDelta):
         return Batched(site.like, self.r, self.tasks, 1.0 if self.alpha is None else self.alpha / self.r)
 
 
-class PerExample(Delta):
-    """The factors of all adapters of one weight, and which of them are in use where ``using`` chooses none.
-
-    ids: one adapter for the whole batch, or a tensor of one per example; then each may stand for
-    ``num_beams`` rows.
-    """
+class PerExample(Delta, Choosing):
+    """The factors of all adapters of one weight, and which of them are in use."""
 
     def __init__(self, weight: torch.Tensor, r: int, tasks: int):
         super().__init__()
@@ -87,25 +83,12 @@ class PerExample(Delta):
         self.A = nn.Parameter(torch.empty(tasks, r, d_in, **like))
         self.B = nn.Parameter(torch.zeros(tasks, d_out, r, **like))
         nn.init.kaiming_uniform_(self.A.view(-1, d_in), a=math.sqrt(5))  # each as LoRA's
-        self.ids: int | torch.Tensor = 0
-        self.num_beams = 1
-
-    @property
-    def choice(self) -> tuple[int | torch.Tensor, int]:
-        """ids and num_beams of the pass that runs in this thread."""
-        return notes().get(self, (self.ids, self.num_beams))
+        self.tasks = tasks
 
     def chosen(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A (r, d_in) and B (d_out, r) for the whole batch, or one of each in front per row of x."""
-        ids, num_beams = self.choice
-        if isinstance(ids, int):
-            return self.A[ids], self.B[ids]
-        rows, n = len(x), len(ids)
-        accepted = f"as many as the batch's {rows} rows, or rows / num_beams in beam search"
-        fits = rows == n or rows == n * num_beams
-        expect(fits, "ids", f"{n} of them with num_beams={num_beams}", accepted)
-        ids = ids.to(self.A.device).repeat_interleave(rows // n)
-        return self.A[ids], self.B[ids]
+        index = self.index(len(x), self.A.device)
+        return self.A[index], self.B[index]
 
     def product(self) -> torch.Tensor:
         """B_i A_i (d_out, d_in) of the one adapter in use."""
@@ -220,34 +203,6 @@ class PerExamplePart(DeltaPart):
 
     def _instead(self, call: Call, x: torch.Tensor) -> torch.Tensor:
         return self.delta.adjust(x, None, *self.found(call.layer))
-
-
-@contextmanager
-def using(model: PreTrainedModel, ids: int | Sequence[int], *, num_beams: int = 1) -> Iterator[None]:
-    """Within the block, example i of each batch uses adapter ``ids[i]``; a single number is for all of them.
-
-    num_beams: in generation with beams, as many as ``generate`` is given; the beams of an example use its
-    adapter.  The choice is that of the passes in this thread; others may choose otherwise at the same time.
-
-    Raises ValueError if FLoRA is not attached, or is merged, or an id is not one of its adapters; and the
-    model does if a batch has another number of examples.
-    """
-    attachment = attached(model)
-    parts = [p for p in attachment.parts if isinstance(getattr(p, "delta", None), PerExample)]
-    expect(bool(parts), "model", f"one that carries {attachment.method!r}", "one with FLoRA attached")
-    expect(not attachment.merged, "model", "a merged one", "unmerged; call unmerge() first")
-    whole = isinstance(num_beams, int) and num_beams >= 1
-    expect(whole, "num_beams", num_beams, "a whole number of at least 1")
-    tasks = min(len(part.delta.A) for part in parts)
-    given, ids = ids, ids.tolist() if hasattr(ids, "tolist") else ids
-    single = isinstance(ids, int)
-    listed = [ids] if single else list(ids) if isinstance(ids, Sequence) else []
-    right = bool(listed) and all(type(i) is int and 0 <= i < tasks for i in listed)
-    expect(right, "ids", given, f"an adapter's number from 0 to {tasks - 1}, or one for each example")
-    choice = (ids if single else torch.tensor(listed)), num_beams
-    remember(model)
-    with noted({part.delta: choice for part in parts}):
-        yield
 
 
 def load_loras(model: PreTrainedModel, paths: Sequence[str | os.PathLike]) -> Attachment:

@@ -1,0 +1,400 @@
+"""ContextInjector - something of a method's own that a model attends to beside the text.
+
+A prompt is l vectors (l, d) in the sequence of a stack, right before the embedded tokens of a text.  It takes
+positions and mask entries, and every block sees it.  What comes out of the stack is the text's again, so
+heads, poolers, labels and logits are none the wiser; only a decoder that attends to an encoder sees its
+prompt.  A prefix is P keys and values in one attention, before those of the text.  It takes no position.
+
+With padding on the left, a prompt stands behind it.  Where a model is told its positions, they are counted
+from the text's first token, and the vectors themselves may stand before the padding, which nobody can tell.
+
+With a cache, a prompt is in it after the first pass; a prefix never is, and joins the keys at every step.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from guidelib.core.anatomy import Attention, Body
+from guidelib.core.method import Method
+from guidelib.core.points import passes
+from guidelib.core.points.part import Part
+from guidelib.core.points.passes import Call
+from guidelib.core.values import has_values
+
+
+class PromptPart(Part):
+    """A prompt before the tokens of one stack.
+
+    prompt: a module that gives it for so many texts, (l, d) or one for each, (B, l, d), and says its
+    ``length`` l.
+    """
+
+    why_not = "it stands in the sequence, beside the text"
+
+    def __init__(self, method: Method, body: Body, prompt: nn.Module):
+        super().__init__()
+        self.name, self.method = f"{type(method).__name__}_{body.stack}", method
+        self.prompt = prompt
+        self._body = (body,)  # in a tuple, so that the backbone's modules are not children of this one
+        self._arguments = _arguments(body.module)
+
+    @property
+    def body(self) -> Body:
+        return self._body[0]
+
+    @property
+    def length(self) -> int:
+        return self.prompt.length
+
+    @property
+    def counted(self) -> bool:
+        """Whether the model is told the positions of its tokens, and does not count them itself."""
+        return "position_ids" in self._arguments
+
+    def plug(self) -> None:
+        self.around(self.body.module, self._before)
+        if isinstance(pooler := getattr(self.body.module, "pooler", None), nn.Module):
+            self.hook(pooler, self._pool, before=True)
+        if self.body.follower is not None:
+            self.around(self.body.follower, self._behind)
+
+    def _before(self, call: Call, *args: Any, **kwargs: Any) -> Any:
+        """Around the body: the prompt goes in, and what comes out is the text's."""
+        given = dict(zip(self._arguments, args, strict=False)) | kwargs
+        tokens, embedded = given.pop("input_ids", None), given.get("inputs_embeds")
+        if embedded is None:
+            embedded = self.body.embedding(tokens)
+        mask, cache = given.get("attention_mask"), given.get("past_key_values")
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask must be (texts, tokens), ones and zeros, beside {self.name}, got shape "
+                f"{tuple(mask.shape)}"
+            )
+        most, n = self.body.places, self.body.first + embedded.shape[1] + self.length
+        if most is not None and n > most:
+            raise ValueError(
+                f"length: {self.name} and a text of {embedded.shape[1]} tokens need {n} positions, and this "
+                f"model has {most}; give it a shorter text or prompt"
+            )
+        inside = cache.get_seq_length() if cache is not None else 0  # the prompt is among them
+        new = not inside
+        start = None if mask is None or self.counted else padding(mask)
+        if self.counted:
+            positions = given.get("position_ids")
+            if positions is None:
+                positions = self._count(embedded, mask, inside - self.length if inside else 0)
+            positions = positions + self.length
+            if new:
+                own = self.body.first + torch.arange(self.length, device=positions.device)
+                positions = torch.cat((own.expand(len(positions), -1), positions), 1)
+            given["position_ids"] = positions
+        if mask is not None:
+            given["attention_mask"] = join(mask.new_ones(len(mask), self.length), mask, start)
+        if new:
+            prompt = self.prompt(len(embedded)).to(embedded.dtype)
+            prompt = prompt.expand(len(embedded), -1, -1) if prompt.dim() == 2 else prompt
+            embedded = join(prompt, embedded, start)
+            if (kinds := given.get("token_type_ids")) is not None:
+                given["token_type_ids"] = join(kinds.new_zeros(len(kinds), self.length), kinds, start)
+        given["inputs_embeds"] = embedded
+        if not new:
+            return call(**given)
+        with passes.noted({self: start}):
+            output = call(**given)
+        return output if self.body.follower is not None else self._text(output, start)
+
+    def _text(self, output: Any, start: torch.Tensor | None) -> Any:
+        """The body's output for the text alone."""
+        return text_of(output, lambda states: without(states, self.length, start))
+
+    def _count(self, embedded: torch.Tensor, mask: torch.Tensor | None, behind: int) -> torch.Tensor:
+        """The positions of the text's tokens, (B, T) or (1, T)."""
+        n = embedded.shape[1]
+        if mask is None:
+            return self.body.first + behind + torch.arange(n, device=embedded.device).unsqueeze(0)
+        return self.body.first + (mask.long().cumsum(1) - 1).clamp(min=0)[:, -n:]
+
+    def _pool(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if self not in passes.notes():
+            return args
+        return (without(args[0], self.length, passes.notes()[self]), *args[1:])
+
+    def _behind(self, call: Call, *args: Any, **kwargs: Any) -> Any:
+        """Around a decoder: it may attend to the encoder's prompt."""
+        given = dict(zip(_arguments(call.module), args, strict=False)) | kwargs
+        states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
+        if states is not None and mask is not None and states.shape[1] >= mask.shape[1] + self.length:
+            given["encoder_attention_mask"] = join(mask.new_ones(len(mask), self.length), mask, padding(mask))
+        return call(**given)
+
+
+class LatePart(Part):
+    """A prompt that joins the text before one block, and leaves it where the body ends.
+
+    blocks: that block, whose number is ``layer``, and those above it.  causal: whether tokens see only those
+    before them.  prompt: a module that gives it for so many texts or, if it ``reads``, for the mean of each
+    text's states.
+    """
+
+    why_not = "it stands in the sequence, beside the text"
+
+    def __init__(
+        self,
+        method: Method,
+        body: Body,
+        blocks: list[nn.Module],
+        layer: int,
+        causal: bool,
+        prompt: nn.Module,
+        reads: bool,
+    ):
+        super().__init__()
+        self.name, self.method = f"{type(method).__name__}_{body.stack}", method
+        self.prompt, self.layer, self.causal, self.reads_text = prompt, layer, causal, reads
+        # in tuples, so that they are not children of this module
+        self._blocks, self._body = tuple(blocks), (body,)
+        self._arguments = _arguments(blocks[0])
+
+    @property
+    def length(self) -> int:
+        return self.prompt.length
+
+    def plug(self) -> None:
+        self.around(self._body[0].module, self._around)
+        if isinstance(pooler := getattr(self._body[0].module, "pooler", None), nn.Module):
+            self.hook(pooler, self._pool, before=True)
+        for block in self._blocks:
+            self.around(block, self.frame)
+            self.around(block, self._longer)
+
+    def _around(self, call: Call, *args: Any, **kwargs: Any) -> Any:
+        """Around the body: a note of how long the text is, and of the block before which the prompt joins it,
+        since a block may be left out."""
+        given = dict(zip(_arguments(call.module), args, strict=False)) | kwargs
+        tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+        passes.remember(call.module)
+        with passes.noted({self: _Seat(tokens.shape[1])}):
+            return text_of(call(*args, **kwargs), self._out)
+
+    def _out(self, states: torch.Tensor) -> torch.Tensor:
+        return states[:, -passes.notes()[self].text :]
+
+    def _pool(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self._out(args[0]), *args[1:]) if self in passes.notes() else args
+
+    def _longer(self, call: Call, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(self._arguments, args, strict=False)) | kwargs
+        layer, length = self.layer + self._blocks.index(call.module), self.length
+        seat = passes.notes()[self]
+        states, mask, cache = (given.get(n) for n in ("hidden_states", "attention_mask", "past_key_values"))
+        new = cache is None or not cache.get_seq_length(layer)  # or the prompt is in the cache already
+        if new and seat.layer in (None, layer):  # this one, when it is computed again
+            seat.layer = layer
+            given["hidden_states"] = join(self._made(states, mask), states, None)
+        if mask is not None:
+            given["attention_mask"] = self._seen(mask, new)
+        if (bias := given.get("position_bias")) is not None:
+            given["position_bias"] = F.pad(bias, (length, 0, length if new else 0, 0))
+        if new and given.get("position_ids") is not None:
+            given["position_ids"] = F.pad(given["position_ids"], (length, 0))
+        if new and (turns := given.get("position_embeddings")) is not None:
+            given["position_embeddings"] = tuple(
+                F.pad(turn, (0, 0, length, 0), value=value) for turn, value in zip(turns, (1, 0), strict=True)
+            )  # cosines of 1 and sines of 0
+        output = call(**given)
+        single = not isinstance(output, tuple)
+        states, *rest = (output,) if single else output
+        if bias is not None:  # T5's is handed on to the next block
+            rest[0] = bias
+        if call.module is self._blocks[-1]:
+            states = self._out(states)
+        return states if single else (states, *rest)
+
+    def _made(self, states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """The prompt (B, l, d)."""
+        if self.reads_text:
+            seen = torch.ones_like(states[..., :1]) if mask is None else self._text(mask).to(states.dtype)
+            prompt = self.prompt((states * seen).sum(1) / seen.sum(1))
+        else:
+            prompt = self.prompt(len(states)).expand(len(states), -1, -1)
+        return prompt.to(states.dtype)
+
+    @staticmethod
+    def _text(mask: torch.Tensor) -> torch.Tensor:
+        """(B, T, 1): what is text and no padding, by what the last token sees."""
+        last = mask[:, 0, -1]
+        return (last if last.dtype == torch.bool else last == 0).unsqueeze(-1)
+
+    def _seen(self, mask: torch.Tensor, new: bool) -> torch.Tensor:
+        """The mask (B, 1, queries, keys) with the prompt among the keys and, if it is new, the queries."""
+        shown, hidden = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
+        longer, n = F.pad(mask, (self.length, 0), value=shown), self.length
+        if not new or mask.shape[2] == 1 and not self.causal:
+            return longer
+        if not self.causal:
+            own = longer[:, :, :1].expand(-1, -1, n, -1)
+        else:
+            own = longer.new_full((n, n), hidden).masked_fill(
+                torch.ones(n, n, dtype=torch.bool, device=mask.device).tril(), shown
+            )
+            own = F.pad(own, (0, mask.shape[3]), value=hidden).expand(*mask.shape[:2], -1, -1)
+        return torch.cat((own, longer), 2)
+
+
+class _Seat:
+    """Of one pass: how many tokens the text has, and before which block a late prompt joined them."""
+
+    def __init__(self, text: int):
+        self.text, self.layer = text, None
+
+
+class PrefixPart(Part):
+    """Keys and values of one attention, before those of the text.
+
+    prefix: a module that gives both for so many texts, (P, 2, width) or (B, P, 2, width), with the width of
+    all heads together.
+    """
+
+    why_not = "it takes part in a softmax, and no weight can"
+
+    def __init__(self, method: Method, attention: Attention, prefix: nn.Module):
+        super().__init__()
+        self.name = f"{type(method).__name__}_{attention.name.replace('.', '_')}"
+        self.method, self.prefix = method, prefix
+        self._attention = (attention,)
+        self._eager = sys.modules[type(attention.module).__module__].eager_attention_forward
+
+    @property
+    def attention(self) -> Attention:
+        return self._attention[0]
+
+    @property
+    def place(self) -> str:
+        return self.attention.name
+
+    def plug(self) -> None:
+        self.around(self.attention.block, self.frame)
+        self.around(self.attention.module, self._attend)
+
+    def _attend(self, call: Call, *args: Any, **kwargs: Any) -> Any:
+        found = call.layer.config
+        whole, others = (found.whole, found.parts) if isinstance(found, _Config) else (found, ())
+        config = _Config(whole, self._eager, (*others, self))
+        return call.on(passes.twin(call.layer, config=config))(*args, **kwargs)
+
+    def pair(self, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Its keys and values (B, heads, P, width of a head), for the text's keys (B, heads, T, ...)."""
+        rows, heads, _, width = key.shape
+        prefix = self.prefix(rows).to(key.dtype)  # (P, 2, heads * width)
+        if prefix.dim() == 3:
+            prefix = prefix.expand(rows, -1, -1, -1)
+        keys, values = prefix.view(rows, -1, 2, heads, width).permute(2, 0, 3, 1, 4)
+        return keys, values
+
+
+class _Config:
+    """An attention's configuration, which names ``_attend`` as the function to attend with."""
+
+    _attn_implementation = "guidelib"
+
+    def __init__(self, whole: Any, eager: Any, parts: tuple[PrefixPart, ...]):
+        self.whole, self.eager, self.parts = whole, eager, parts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.whole, name)
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What transformers calls to attend: with prefixes, and then as the model does."""
+    config, (n, kept) = module.config, (query.shape[2], key.shape[2])
+    name = config.whole._attn_implementation
+    if name not in ("sdpa", "eager"):
+        raise ValueError(
+            f"attn_implementation must be 'sdpa' or 'eager' beside {type(config.parts[0].method).__name__}, "
+            f"got {name!r}; model.set_attn_implementation('sdpa') changes it"
+        )
+    causal = kwargs.pop("is_causal", None)
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if (
+        attention_mask is None and causal and n > 1
+    ):  # it was left to the kernel, which counts from the first key
+        attention_mask = torch.ones(n, kept, dtype=torch.bool, device=key.device).tril(kept - n)[None, None]
+    bias = kwargs.get("position_bias")
+    for part in config.parts:
+        keys, values = part.pair(key)
+        key, value = torch.cat((keys, key), 2), torch.cat((values, value), 2)
+        p = keys.shape[2]
+        if attention_mask is not None:
+            seen = True if attention_mask.dtype == torch.bool else 0.0
+            attention_mask = F.pad(attention_mask, (p, 0), value=seen)
+        bias = None if bias is None else F.pad(bias, (p, 0))
+    if bias is not None:
+        kwargs["position_bias"] = bias
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, config.eager)
+    return attend(module, query, key, value, attention_mask, is_causal=False, **kwargs)
+
+
+ALL_ATTENTION_FUNCTIONS.register(_Config._attn_implementation, _attend)
+
+
+def text_of(output: Any, out: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A body's output with ``out`` of its states."""
+    if isinstance(output, tuple):
+        return (out(output[0]), *output[1:])
+    output.last_hidden_state = out(output.last_hidden_state)
+    if (states := getattr(output, "hidden_states", None)) is not None:
+        output.hidden_states = tuple(map(out, states))
+    return output
+
+
+def _arguments(module: nn.Module) -> list[str]:
+    """The names of the arguments of the module's own forward, in order."""
+    return [*inspect.signature(type(module).forward).parameters][1:]
+
+
+def padding(mask: torch.Tensor) -> torch.Tensor | None:
+    """How many places of each text are padding on its left, (B, 1); None if none is, or nobody can tell."""
+    compiling = torch.compiler.is_compiling()  # then no value may decide
+    if not compiling and not (has_values(mask) and (mask[:, 0] == 0).any()):
+        return None
+    return (mask.cumsum(1) == 0).sum(1, keepdim=True)
+
+
+def join(own: torch.Tensor, text: torch.Tensor, start: torch.Tensor | None) -> torch.Tensor:
+    """``own`` (B, l, ...) right before the text (B, T, ...), ``start`` places of which are padding; None:
+    there is none.  Returns (B, l + T, ...)."""
+    both = torch.cat((own, text), 1)
+    if start is None:
+        return both
+    length, at = own.shape[1], torch.arange(both.shape[1], device=both.device)
+    source = torch.where(at < start, at + length, torch.where(at < start + length, at - start, at))
+    return _taken(both, source)
+
+
+def without(both: torch.Tensor, length: int, start: torch.Tensor | None) -> torch.Tensor:
+    """The text (B, T, ...) of what ``join`` has joined."""
+    if start is None:
+        return both[:, length:]
+    at = torch.arange(both.shape[1] - length, device=both.device)
+    return _taken(both, torch.where(at < start, at, at + length))
+
+
+def _taken(tensor: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    index = source.view(*source.shape, *(1,) * (tensor.dim() - 2)).expand(-1, -1, *tensor.shape[2:])
+    return tensor.gather(1, index)
