@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from guidelib.core.anatomy import ADDED, Anatomy, expect_weights
+from guidelib.core.anatomy import ADDED, Anatomy, expect_weights, modules_of
 from guidelib.core.bounds import Bounded
 from guidelib.core.files import FORMAT, checksum, read, write
 from guidelib.core.fingerprint import fingerprint
@@ -547,8 +547,8 @@ def _misfit(mine: torch.Tensor | None, theirs: torch.Tensor | None) -> str | Non
 def _layers(model: PreTrainedModel) -> dict[str, tuple[nn.Module, torch.Size]]:
     """Of each parameter, by name, the layer that it belongs to and its shape."""
     return {
-        f"{name}.{attribute}": (module, parameter.shape)
-        for name, module in model.named_modules()
+        name + attribute: (module, parameter.shape)
+        for module, name in modules_of(model).items()
         for attribute, parameter in module._parameters.items()
         if parameter is not None
     }

@@ -80,10 +80,17 @@ def _folder(target: Path) -> Iterator[Path]:
     folder = target.parent / f"{start}{secrets.token_hex(4)}{end}"
     folder.mkdir()
     with ExitStack() as stack:
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        stack.callback(_remove, folder)
         with suppress(OSError):  # where there are no locks, nobody removes what another one writes, either
             stack.enter_context(_lock(folder))
         yield folder
+
+
+def _remove(folder: Path) -> None:
+    try:
+        folder.rmdir()  # its file has gone to its place
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -86,7 +86,8 @@ def _spread(tensor: torch.Tensor) -> torch.Tensor:
     if not has_values(tensor):
         return torch.full((SAMPLE,), math.nan)
     if n >= SAMPLE and tensor.is_contiguous():
-        return tensor.as_strided((SAMPLE,), (n // SAMPLE,)).cpu()
+        few = tensor.as_strided((SAMPLE,), (n // SAMPLE,))
+        return few.cpu() if few.is_cuda else few
     few = tensor.reshape(-1)[:: max(1, n // SAMPLE)][:SAMPLE]
     return F.pad(few, (0, SAMPLE - len(few))).cpu()
 
