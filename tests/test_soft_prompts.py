@@ -22,6 +22,8 @@ from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, ge
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    ElectraConfig,
+    ElectraModel,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
@@ -684,3 +686,22 @@ def test_a_text_that_is_too_long_beside_its_prompt_is_refused(backbone):
     outputs(model, batch(backbone, padded=False, length=fits))
     with pytest.raises(ValueError, match=f"length: PromptTuning_.* a text of {fits + 1} tokens need"):
         outputs(model, batch(backbone, padded=False, length=fits + 1))
+
+
+@pytest.mark.parametrize("method", [gl.PromptTuning(length=2), gl.LatePromptTuning(length=2, bottleneck=3)])
+def test_embeddings_may_be_narrower_than_the_blocks(method):
+    config = ElectraConfig(
+        embedding_size=6,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=9,
+        vocab_size=20,
+    )
+    model = ElectraModel(config).double().eval()
+    ids = torch.arange(10).view(2, 5)
+    with torch.no_grad():
+        base = model(ids).last_hidden_state
+        gl.attach(model, method)
+        found = model(ids).last_hidden_state
+    assert found.shape == base.shape and not torch.equal(found, base)

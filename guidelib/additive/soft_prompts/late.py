@@ -58,7 +58,9 @@ class LatePromptTuning(Method):
         )
         layer = whole // 2 if self.layer is None else self.layer
         expect(1 <= layer < whole, "layer", layer, f"from 1 to {whole - 1} in this model")
-        ahead = [a for a in anatomy.attentions() if a.stack == body.stack and a.looks_back]
+        attentions = [a for a in anatomy.attentions() if a.stack == body.stack]
+        ahead = [a for a in attentions if a.looks_back]
+        d = attentions[0].key.shape[1]  # of the blocks; ELECTRA's embeddings may be narrower
         expect(
             not (self.bottleneck and ahead),
             "bottleneck",
@@ -68,9 +70,9 @@ class LatePromptTuning(Method):
         table = body.embedding.weight
         like = {"device": table.device, "dtype": added_dtype(table)}
         if self.bottleneck:
-            prompt = Generator(self.length, body.width, self.bottleneck, **like)
+            prompt = Generator(self.length, d, self.bottleneck, **like)
         else:
-            prompt = Vectors(torch.empty(self.length, body.width, **like).uniform_(-0.5, 0.5))
+            prompt = Vectors(torch.empty(self.length, d, **like).uniform_(-0.5, 0.5))
         reads = self.bottleneck is not None
         return [LatePart(self, body, blocks[layer:], layer, bool(ahead), prompt, reads)]
 
