@@ -97,7 +97,8 @@ def test_sliders_move(opened):
     if (rules.ROOT / stored).exists():
         outputs = rules.outputs(rules.read(rules.ROOT / stored))
         expected = sum(
-            "guidelib-slider" in output.get("data", {}).get("text/html", "") for _, _, output in outputs
+            '<figure class="guidelib-slider"' in output.get("data", {}).get("text/html", "")
+            for _, _, output in outputs
         )
     sliders = opened.page.locator("figure.guidelib-slider")
     assert sliders.count() == expected

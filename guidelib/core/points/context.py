@@ -223,7 +223,8 @@ class LatePart(Part):
         """The prompt (B, l, d)."""
         if self.reads_text:
             seen = torch.ones_like(states[..., :1]) if mask is None else self._text(mask).to(states.dtype)
-            prompt = self.prompt((states * seen).sum(1) / seen.sum(1))
+            mean = (states * seen).sum(1) / seen.sum(1)
+            prompt = self.prompt(mean.to(next(self.prompt.parameters()).dtype))  # 32 bits beside 16
         else:
             prompt = self.prompt(len(states)).expand(len(states), -1, -1)
         return prompt.to(states.dtype)
