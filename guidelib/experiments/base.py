@@ -36,7 +36,8 @@ MOST = 9  # rates of an arm
 class Arm:
     """A method on a task, or on several that share its learning rate.
 
-    rate: the first one to try.  after: labels of methods that must be complete before.
+    rate: the first one to try; 0 where nothing is trained.  after: labels of methods that must be complete
+    before.
     """
 
     method: str
@@ -156,6 +157,8 @@ class Results:
 
     def rates(self, arm: Arm) -> tuple[list[float], float | None]:
         """The rates to try in ascending order, and the best of them, None as long as runs are missing."""
+        if arm.rate == 0:
+            return [0.0], 0.0
         tried = [arm.rate / 2, arm.rate, arm.rate * 2]
         while True:
             values = [self.validation(arm, lr) for lr in tried]

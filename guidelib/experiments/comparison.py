@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -13,14 +13,25 @@ from guidelib.core.method import Method, Spec, Sum, expect
 from guidelib.experiments.base import Arm, Experiment, Row
 from guidelib.selective.anchors import HeadOnly
 
+if TYPE_CHECKING:
+    from guidelib.materials.tasks import Task
+
 
 @dataclass(frozen=True)
 class Setting(Spec):
-    """How a task is trained.  train: number of items drawn by the seed, None for all."""
+    """How a task is trained and scored.  train: number of items drawn by the seed, None for all.  test: number
+    of test items, the same ones in every run."""
 
     task: str
     train: int | None = None
     epochs: float = 1
+    test: int | None = None
+
+    def data(self, seed: int = 0) -> Task:
+        """The task with as many items."""
+        from guidelib.materials.tasks import load_task
+
+        return load_task(self.task).subset(test=self.test).subset(train=self.train, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -28,23 +39,24 @@ class Comparison(Experiment):
     """Methods on one backbone, each on each task.
 
     tasks: name -> setting.  methods: label -> (method, the first learning rate to try).  Where the head alone
-    is trained, the rate is the head's.
+    is trained, the rate is the head's.  Without a method, and with a rate of 0, nothing is trained.
     """
 
     tasks: dict[str, Setting]
-    methods: dict[str, tuple[Method, float]]
+    methods: dict[str, tuple[Method | None, float]]
 
     def arms(self) -> list[Arm]:
         return [Arm(label, (task,), rate) for task in self.tasks for label, (_, rate) in self.methods.items()]
 
     def run(self, key: Row, result: Row, folder: Path) -> Row:
         from guidelib.materials.backbones import load_backbone
-        from guidelib.materials.tasks import load_task
 
         lr, seed, setting = key["lr"], key["seed"], self.tasks[key["task"]]
         method, _ = self.methods[key["method"]]
-        task = load_task(setting.task).subset(train=setting.train, seed=seed)
+        task = setting.data(seed)
         model, tokenizer = load_backbone(self.backbone, task, seed=seed)
+        if method is None:
+            return self.evaluate(model, task, tokenizer)
         attach(model, method, seed=seed)
         head_lr = lr if isinstance(method, HeadOnly) else None
         trained = self.fit(model, task, tokenizer, lr, setting.epochs, seed, head_lr)
@@ -52,12 +64,11 @@ class Comparison(Experiment):
 
     def facts(self) -> Row:
         """The scores of copying, where a task is text to text, and the sizes of the test splits."""
-        from guidelib.materials.tasks import load_task
         from guidelib.training.text2text import score
 
         copy, items = {}, {}
         for name, setting in self.tasks.items():
-            task = load_task(setting.task)
+            task = setting.data()
             items[name] = len(task.test)
             if task.kind == "text2text":
                 splits = {split: getattr(task, split) for split in ("validation", "test")}
@@ -75,6 +86,7 @@ def read_plan(path: Path) -> Comparison:
           head only: {type: HeadOnly, rate: 1.0e-2}
           LoRA r=8: {type: LoRA, r: 8, alpha: 16, rate: 4.0e-3}
           NF4 with LoRA: {sum: [{type: NF4}, {type: LoRA, r: 8}], rate: 4.0e-3}
+          no tuning: {}
 
     ``seeds``, ``tuning_seeds``, ``batch_size``, ``max_length``, ``head_lr`` and ``mixed_precision`` may stand
     beside ``backbone``.  A task's name may differ from that of its data: ``{task: movie-reviews}``.  Raises
@@ -92,7 +104,9 @@ def read_plan(path: Path) -> Comparison:
     return plan
 
 
-def _method(label: str, given: dict[str, Any]) -> tuple[Method, float]:
+def _method(label: str, given: dict[str, Any]) -> tuple[Method | None, float]:
+    if not given:
+        return None, 0.0
     rate = given.pop("rate", None)
     expect(isinstance(rate, float) and rate > 0, f"{label}: rate", rate, "a learning rate such as 4.0e-3")
     members = given.pop("sum", None)

@@ -92,6 +92,9 @@ def rate_figure(verdicts: Sequence[Verdict]) -> Figure:
     with style():
         figure, ax = plt.subplots()
         for v in verdicts:
+            if v.lr == 0:  # nothing was trained
+                ax.axhline(v.rates[0], color=COLOURS["head"], linewidth=1, label=v.method)
+                continue
             rates = sorted(v.rates)
             (line,) = ax.plot(rates, [v.rates[lr] for lr in rates], label=v.method)
             ax.plot(v.lr, v.rates[v.lr], marker="o", color=line.get_color())
