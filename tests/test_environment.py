@@ -6,10 +6,14 @@ import os
 import random
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import guidelib
 from guidelib import machine
@@ -105,6 +109,21 @@ def test_a_checkout_that_is_not_installed_works(monkeypatch, capsys, accelerator
 def test_the_declared_bounds_hold_here(capsys, accelerators):
     environment.setup()
     assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_the_oldest_versions_that_are_tried_are_the_declared_bounds():
+    root = Path(__file__).parent.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    needed = {bound.name: bound for bound in map(Requirement, project["dependencies"] + extras["offline"])}
+    bounds = needed | {bound.name: bound for bound in map(Requirement, extras["test"])}
+    lines = (root / "requirements/oldest.txt").read_text(encoding="utf-8").splitlines()
+    tried = dict(line.split("==") for line in lines if "==" in line)
+    assert needed.keys() <= tried.keys()
+    for name in tried.keys() & bounds.keys():
+        assert [(one.operator, Version(one.version)) for one in bounds[name].specifier] == [
+            (">=", Version(tried[name]))
+        ], name
 
 
 def test_device(accelerators):

@@ -543,6 +543,6 @@ def test_the_command_says_which_names_it_accepts():
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["compare", "--help"], ["rebuild", "--help"]])
 def test_the_command_helps(arguments):
     outcome = CliRunner().invoke(app, arguments)
-    assert outcome.exit_code == (0 if arguments else 2)
+    assert outcome.exit_code == 0 or (outcome.exit_code == 2 and not arguments)  # 0 with click 8.1
     words = ("compare", "rebuild") if len(arguments) < 2 else (arguments[0], "--help")
     assert all(word in outcome.output for word in words)

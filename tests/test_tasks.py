@@ -260,7 +260,7 @@ def sources(tmp_path_factory):
     return folder
 
 
-def test_rebuilt_files_are_the_frozen_ones(sources, tmp_path, capsys):
+def test_rebuilt_files_are_the_frozen_ones(sources, tmp_path, capsys, pytestconfig):
     need_npm(EXTRACTS)
     same = rebuild_task(source_dir=sources, out_dir=tmp_path / "new")
     lines = capsys.readouterr().out.splitlines()
@@ -269,11 +269,14 @@ def test_rebuilt_files_are_the_frozen_ones(sources, tmp_path, capsys):
         if path.read_bytes() != frozen.read_bytes():
             assert pq.read_table(path).equals(pq.read_table(frozen), check_metadata=True)
             writers = [pq.read_metadata(file).created_by for file in (path, frozen)]
+            if pytestconfig.getoption("--other-versions"):
+                pytest.skip("the same data, written by another pyarrow")
             pytest.fail(f"{name}, written by {writers}: freeze the file again with this pyarrow")
         assert line == f"{path}: sha256 {EXTRACTS[name].sha256}, as pinned"
     assert same is True and len(list((tmp_path / "new").iterdir())) == len(EXTRACTS)
 
 
+@pytest.mark.exact_versions
 def test_rebuild_tells_a_file_that_is_not_as_pinned(sources, tmp_path, monkeypatch, capsys):
     record = dataclasses.replace(EXTRACTS["tweets"], sha256="0" * 64)
     monkeypatch.setitem(guidelib.materials.data.EXTRACTS, "tweets", record)
@@ -404,6 +407,7 @@ def test_hub_id_offline_is_one_sentence(monkeypatch, tmp_path):
         load_task("owner/name")
 
 
+@pytest.mark.exact_versions
 @pytest.mark.parametrize("pinned, code, end", [(None, 0, "as pinned"), ("0" * 64, 1, "not as pinned")])
 def test_command_rebuilds_and_tells_by_its_exit_code(sources, tmp_path, monkeypatch, pinned, code, end):
     if pinned:

@@ -138,6 +138,7 @@ def test_the_stored_comparisons_say_what_the_page_says():
     assert first["mean"] - 3 * first["deviation"] > copy > 2 * second["mean"]
 
 
+@pytest.mark.exact_versions
 def test_page_shows_the_computed_card(tmp_path):
     page = PAGE.read_text(encoding="utf-8")
     assert model_card() in page
