@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setting(Spec):
-    """How a task is trained and scored.  train: number of items drawn by the seed, None for all.  test: number
-    of test items, the same ones in every run."""
+    """How a task is trained and scored.  train: number of items drawn by the seed, None for all.  test: how
+    many test items there are, the same ones in every run."""
 
     task: str
     train: int | None = None

@@ -30,8 +30,8 @@ class Verdict:
     """A method on a task beside the reference; scores in per cent, one for each seed.
 
     rates: learning rate -> mean validation score.  difference, low, high: of the paired differences, None for
-    the reference.  p: after Holm's correction.  edge: whether the best rate is the lowest or highest tried; a rate of
-    0, where nothing is trained, is at none.
+    the reference.  p: after Holm's correction.  edge: whether the best rate is the lowest or highest tried.
+    A rate of 0, where nothing is trained, is at none.
     """
 
     task: str
