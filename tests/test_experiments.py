@@ -75,6 +75,12 @@ def run_of(lr, seed, accuracy, loss=1.0, task="t", method="m"):
     return {"task": task, "method": method, "lr": lr, "seed": seed, "validation": scores, "test": scores}
 
 
+def test_the_score_of_a_run():
+    assert score(run_of(1.0, 0, 0.75)) == 75
+    assert score({"test": {"loss": np.log(8), "chrf": 60.0}}) == pytest.approx(12.5)
+    assert score({"diverged": True}) == 0
+
+
 def plan(**changes):
     settings = {
         "tasks": {"t": Setting("t")},

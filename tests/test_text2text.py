@@ -117,3 +117,5 @@ def test_loss_is_per_token_whatever_the_batch(backbone, task):
     model, tokenizer = backbone
     one, all_ = (gl.evaluate(model, task, tokenizer, split="validation", batch_size=n) for n in (1, 5))
     assert one == pytest.approx(all_, rel=1e-5)
+    loss = gl.evaluate(model, task, tokenizer, split="validation", batch_size=5, write=False)
+    assert loss == {"loss": all_["loss"]}

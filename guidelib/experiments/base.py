@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -114,13 +115,15 @@ class Experiment(ABC):
         }
 
     def evaluate(self, model: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase) -> Row:
-        """The scores on the two splits that are not trained on, and for the test split those of each item."""
+        """The scores on the two splits that are not trained on, and for the test split those of each item.
+        Texts are written for the test split alone."""
         from guidelib.training.fit import evaluate
 
         settings = {"max_length": self.max_length, "mixed_precision": self.mixed_precision}
         found = {}
         for split in ("validation", "test"):
-            scores = evaluate(model, task, tokenizer, split=split, each=split == "test", **settings)
+            last = split == "test"
+            scores = evaluate(model, task, tokenizer, split=split, each=last, write=last, **settings)
             each = scores.pop("each", None)
             found[split] = {name: round(value, 6) for name, value in scores.items()}
             if each is not None:
@@ -141,11 +144,13 @@ def unpack(text: str, items: int) -> np.ndarray:
 
 
 def score(run: Row, split: str = "test") -> float:
-    """Accuracy in per cent, or chrF, which goes to 100, too.  A run that diverged has 0."""
+    """Accuracy in per cent; for text to text the probability of the right token in per cent, the geometric
+    mean over the tokens.  (By chrF, a model that copies is hard to beat where most words stay.)  A run that
+    diverged has 0."""
     scores = run.get(split)
     if scores is None:
         return 0.0
-    return 100 * scores["accuracy"] if "accuracy" in scores else scores["chrf"]
+    return 100 * (scores["accuracy"] if "accuracy" in scores else math.exp(-scores["loss"]))
 
 
 class Results:

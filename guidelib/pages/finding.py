@@ -44,9 +44,11 @@ def finding(
     """The verdicts on a stored result (see `guidelib.experiments.compare` for the arguments and errors), as a
     table with the sentence that they come to."""
     verdicts = compare(result, reference, task=task, methods=methods, margin=margin)
+    texts = any("chrf" in run.get("test", {}) for run in result["runs"])
+    what = "Probability of the right token (geometric mean over the test split)" if texts else "Test score"
     caption = caption or (
-        "Test score in per cent, mean ± standard deviation over the seeds. Difference from "
-        f"{reference} within pairs of equal seeds, with its 95 % interval. * at the edge of the rates tried."
+        f"{what} in per cent, mean ± standard deviation over the seeds. Difference from {reference} within "
+        "pairs of equal seeds, with its 95 % interval. * at the edge of the rates tried."
     )
     return Finding(verdicts, reference, margin, caption)
 

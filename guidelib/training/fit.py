@@ -182,12 +182,14 @@ def evaluate(
     max_length: int = 64,
     mixed_precision: str = "no",
     each: bool = False,
+    write: bool = True,
 ) -> dict[str, Any]:
     """Mean loss of ``model`` on a split (of a text per text, of text2text per token), and how well it does.
 
     For classification that is ``accuracy`` (0 to 1); for text2text the scores of
-    `guidelib.training.text2text.score` for what it writes greedily.  ``each`` adds an array with one entry
-    per item, in the order of the data: whether the answer is right, or the chrF of the text.
+    `guidelib.training.text2text.score` for what it writes greedily, unless ``write`` is False.  ``each`` adds
+    an array with one entry per item, in the order of the data: whether the answer is right, or the chrF of
+    the text.
     mixed_precision: "no", "bf16" or "fp16", as in ``fit``.
     """
     fits = mixed_precision in ("no", *HALF)
@@ -212,6 +214,8 @@ def evaluate(
         trainer = Trainer(model, arguments, data_collator=_collator(model, task, tokenizer))
         if task.kind == "text2text":
             loss = _token_loss(model, trainer.get_eval_dataloader(data))
+            if not write:
+                return {"loss": loss}
             texts = getattr(task, split)
             written = generate(
                 model, tokenizer, texts["source"], max_length=max_length, batch_size=batch_size
