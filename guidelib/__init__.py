@@ -15,6 +15,7 @@ _MODULES = {
     "guidelib.additive.adapters.drop": ("AdapterDrop",),
     "guidelib.additive.adapters.fusion": ("AdapterFusion",),
     "guidelib.additive.adapters.linear": ("Dense",),
+    "guidelib.additive.other.ia3": ("IA3",),
     "guidelib.additive.soft_prompts.ipt": ("IPT", "PromptSpace", "fit_space"),
     "guidelib.additive.soft_prompts.late": ("LatePromptTuning",),
     "guidelib.additive.soft_prompts.p_tuning": ("PTuning",),
@@ -78,6 +79,7 @@ METHODS = {  # by the survey's classes; the anchors belong to none
         "AdaMix",
     ),
     "soft prompts": ("PromptTuning", "WARP", "PTuning", "SPoT", "PrefixTuning", "IPT", "LatePromptTuning"),
+    "other additive": ("IA3",),
     "reparametrization": (
         *("LoRA", "AdaLoRA", "DoRA", "GLoRA", "ReLoRA", "QLoRA", "FLoRA", "KronA", "IntrinsicSAID"),
     ),

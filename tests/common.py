@@ -110,6 +110,10 @@ METHOD_CASES = {
     ),
     "prefix-mlp": Case(gl.PrefixTuning(length=3, mlp=8), "none"),
     "prefix": Case(gl.PrefixTuning(length=3), "none"),
+    "ia3": Case(gl.IA3()),
+    "ia3-all": Case(gl.IA3(targets="all", inputs=("o", "ffn"))),
+    "ia3-tasks": Case(gl.IA3(tasks=2)),
+    "ia3-lora": Case(gl.IA3(targets=("v", "ffn")) + gl.LoRA(r=2, targets=("v", "ffn.out"))),
     "adapter-lora": Case(gl.Adapter(r=3) + gl.LoRA(r=2, targets=("q", "ffn.out")), "near", 1e-3),
 }
 

@@ -545,6 +545,7 @@ TERMS = {
     "FLoRA": gl.FLoRA(r=2),
     "added FLoRA": gl.FLoRA(r=2, form="add"),
     "ReLoRA": gl.ReLoRA(r=2),
+    "IA3": gl.IA3(("q", "v")),
     "full": gl.FullFineTuning(),
     "adapter": gl.ParallelAdapter(r=2),
 }
@@ -556,9 +557,9 @@ def refused(first, second):
     if "NF4" in (first, second) and "full" in (first, second):
         return "in place"
     if second in ("NF4", "ReLoRA"):
-        return "must stand first" if first not in ("full", "adapter") else None
+        return "must stand first" if first not in ("full", "adapter", "IA3") else None
     if second in READING:
-        return "must stand first" if first not in ("SAID", "NF4", "full", "adapter") else None
+        return "must stand first" if first not in ("SAID", "NF4", "full", "adapter", "IA3") else None
     return "must stand before" if second == "SAID" and first in READING else None
 
 
@@ -596,7 +597,7 @@ COMPILED = [  # every method, in as few graphs as their places allow
     + gl.AdaLoRA(r=2, target_r=1, targets="ffn.in") + gl.KronA(targets="ffn.out")
     + gl.Adapter(r=2) + SMALL + gl.ParallelAdapter(r=2) + gl.AdapterFusion(2, SMALL)
     + gl.AdapterDrop(SMALL, 0) + gl.AdaMix(r=2) + gl.PromptTuning(length=2) + gl.PTuning(length=2)
-    + gl.PrefixTuning(length=2, mlp=4),
+    + gl.PrefixTuning(length=2, mlp=4) + gl.IA3(),
     gl.WARP(length=2) + gl.SPoT(length=2) + gl.IPT(length=2),
     gl.LatePromptTuning(length=2) + gl.LatePromptTuning(length=2, bottleneck=2),
     gl.QLoRA(r=2),

@@ -124,6 +124,7 @@ places = st.lists(st.sampled_from(("self", "ffn", "attn")), min_size=1, max_size
 seldom = st.sampled_from((False, False, False, True))
 FIELDS = {
     "targets": st.just("all") | roles | roles | st.sampled_from(TARGET_NAMES),
+    "inputs": st.just(("ffn.out",)) | st.sampled_from(((), "o", "ffn", "v")),
     "sublayers": places | places | st.sampled_from(SUBLAYER_NAMES),
     "r": st.integers(1, 3), "alpha": positive, "s": positive, "d": st.integers(1, 900),
     "dropout": share, "warmup": share, "final": share, "keep": share, "gamma": share, "consistency": share,

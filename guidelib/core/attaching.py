@@ -116,7 +116,7 @@ def _attach(
     try:
         with fork, mode_of(model), bounded:
             torch.manual_seed(seed)
-            parts = method.parts(anatomy, saved or {})
+            parts = sorted(method.parts(anatomy, saved or {}), key=lambda part: part.last)
     except BaseException:
         bounded.end()
         raise

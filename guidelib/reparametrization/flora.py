@@ -28,7 +28,7 @@ from guidelib.core.attaching import Attachment, attach, load
 from guidelib.core.method import expect
 from guidelib.core.points.choice import Choosing
 from guidelib.core.points.passes import Call
-from guidelib.core.points.weight_delta import BranchCost, Delta, DeltaPart, WeightDelta, added_dtype
+from guidelib.core.points.weight_delta import BranchCost, ChoosingPart, Delta, WeightDelta, added_dtype
 from guidelib.reparametrization.lora import LoRA
 
 
@@ -175,31 +175,18 @@ class Fast(PerExample):
         )
 
 
-class PerExamplePart(DeltaPart):
-    """A delta whose adapters are chosen for each pass.  Fast stands in the place of its layer's own product;
-    one map of a fused layer stands beside that instead, which costs one product more.
-
-    block: its transformer block, for the first part in there: recomputed for its gradient, the block has to
-    find the same choice.
-    """
+class PerExamplePart(ChoosingPart):
+    """Fast stands in the place of its layer's own product; one map of a fused layer stands beside that
+    instead, which costs one product more."""
 
     why_not = "each example has its own adapter; choose one for all with using(model, id)"
-
-    def __init__(self, method: FLoRA, site: Site, delta: PerExample, block: nn.Module | None):
-        super().__init__(method, site, delta)
-        self._block = (block,)  # in a tuple, so that it is not registered as a child
-
-    @property
-    def mergeable(self) -> bool:
-        return super().mergeable and isinstance(self.delta.choice[0], int)
 
     def plug(self) -> None:
         if isinstance(self.delta, Fast) and self.site.rows is None:
             self.around(self.site.module, self._instead)
+            self.frame_block()
         else:
             super().plug()
-        if self._block[0] is not None:
-            self.around(self._block[0], self.frame)
 
     def _instead(self, call: Call, x: torch.Tensor) -> torch.Tensor:
         return self.delta.adjust(x, None, *self.found(call.layer))

@@ -27,6 +27,7 @@ class Part(nn.Module):
     why_not: str = "it computes something that no base weight can"
     first: bool = False  # whether nothing may stand before it at its places
     reads: bool = False  # whether its effect depends on the weight that it finds
+    last: bool = False  # whether it stands behind all others, wherever it is in a sum
     inside: bool = False  # whether it acts within the layer, and so before all that act on the layer's output
 
     def __init__(self):

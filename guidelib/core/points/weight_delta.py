@@ -49,10 +49,14 @@ class Delta(nn.Module):
     another one overrides ``effective`` and ``adjust``.
 
     additive: whether the update is the same whatever W is.  If not, no other update can stand before this one
-    at the same weight.  moves_bias: whether b' differs from b; a layer without a bias cannot be merged then.
+    at the same weight.  last: whether it acts on what the layer gives, or is given, whatever else acts there;
+    then it needs no W, and stands behind all others.  enters: whether it acts on what the layer is given, by
+    ``enter``.  moves_bias: whether b' differs from b; a layer without a bias cannot be merged then.
     """
 
     additive: ClassVar[bool] = True
+    last: ClassVar[bool] = False
+    enters: ClassVar[bool] = False
     moves_bias: ClassVar[bool] = False
 
     def delta(self) -> torch.Tensor:
@@ -68,6 +72,10 @@ class Delta(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """W (d_out, d_in), b (d_out,) or None -> W', b'."""
         return weight + self.delta(), bias
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's input (..., d_in) -> what it is given instead, so that W enter(x) + b = W' x + b'."""
+        raise NotImplementedError
 
     def cost(self) -> BranchCost:
         """The fast path's cost in training without dropout."""
@@ -120,12 +128,13 @@ class DeltaPart(Part):
 
     def __init__(self, method: Method, site: Site, delta: Delta):
         super().__init__()
-        site.check(adds=delta.additive)
+        outside = delta.additive or delta.last
+        site.check(adds=outside)
         self.name = f"{type(method).__name__}_{site.name.replace('.', '_')}"
         self.method, self.delta = method, delta
         # in a tuple, so that the backbone's layer is not registered as a child of this module
         self._site = (site,)
-        self.reads = not delta.additive
+        self.reads, self.last = not outside, delta.last
         if site.fault:
             self.why_not = f"{site.name} {site.fault}, which holds no plain weight to write to"
 
@@ -153,7 +162,13 @@ class DeltaPart(Part):
         return changed
 
     def plug(self) -> None:
-        self.hook(self.site.module, self._hook)
+        if self.delta.enters:
+            self.hook(self.site.module, self._enter, before=True)
+        else:
+            self.hook(self.site.module, self._hook)
+
+    def _enter(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (self.delta.enter(args[0]), *args[1:])
 
     def found(self, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
         """W (d_out, d_in) and b (d_out,) of ``layer``, which stands for the site's, with their gradients."""
@@ -181,6 +196,32 @@ class DeltaPart(Part):
         if self.delta.moves_bias:
             keep(layer.bias)
             self.site.bias.copy_(bias)
+
+
+class ChoosingPart(DeltaPart):
+    """A delta of which there are several, chosen for each pass (see ``using``).
+
+    block: its transformer block, for the first part in there: recomputed for its gradient, the block has to
+    find the same choice.
+    """
+
+    why_not = "each example has its own; choose one for all with using(model, id)"
+
+    def __init__(self, method: Method, site: Site, delta: Delta, block: nn.Module | None):
+        super().__init__(method, site, delta)
+        self._block = (block,)  # in a tuple, so that it is not registered as a child
+
+    @property
+    def mergeable(self) -> bool:
+        return super().mergeable and isinstance(self.delta.choice[0], int)
+
+    def plug(self) -> None:
+        super().plug()
+        self.frame_block()
+
+    def frame_block(self) -> None:
+        if self._block[0] is not None:
+            self.around(self._block[0], self.frame)
 
 
 def added_dtype(weight: torch.Tensor) -> torch.dtype:

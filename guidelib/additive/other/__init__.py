@@ -1,0 +1,1 @@
+"""Additive methods that are neither adapters nor soft prompts."""
