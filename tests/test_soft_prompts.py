@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +20,11 @@ from common import (
     states,
 )
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
     ElectraConfig,
     ElectraModel,
     GPT2Config,
@@ -195,6 +198,43 @@ def test_a_prefix_is_pefts_at_its_positions(backbone):
     assert (outputs(model, inputs) - outputs(model, shifted))[text].abs().max() > (
         1e-4 if backbone == "tiny-gpt2" else 1e-6
     )
+
+
+@pytest.mark.parametrize("name", ["prefix", "prefix-mlp"])
+def test_a_prefix_is_adapterhubs(name):
+    """Whose positions are those of the text.  tests/golden/make_adapters.py wrote the file."""
+    golden = load_file(Path(__file__).parent / "golden/adapters.safetensors")
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    ids = dict(vocab_size=40, max_position_embeddings=12, type_vocab_size=1, pad_token_id=0)
+    model = BertModel(BertConfig(**sizes, **ids), add_pooling_layer=False).double().eval()
+    model.load_state_dict({k.removeprefix("base/"): t for k, t in golden.items() if k.startswith("base/")})
+    values, gradients = (
+        {k.rsplit("self_prefix.", 1)[1]: t for k, t in golden.items() if k.startswith(f"{name}/{kind}")}
+        for kind in ("value", "gradient")
+    )
+    parts = gl.attach(model, gl.PrefixTuning(length=5, mlp=None if name == "prefix" else 7)).parts
+    if name == "prefix":  # (P, layers * 2, width)
+        mine = {"control_trans": [part.prefix.P for part in parts]}
+        per_layer = {k: list(t.view(5, 2, 2, 32).unbind(1)) for k, t in values.items()}
+        expected = {k: list(t.view(5, 2, 2, 32).unbind(1)) for k, t in gradients.items()}
+    else:
+        made, layers = parts[0], parts[0].encoder.layers
+        mine = {"wte.weight": [made.E]} | {
+            f"control_trans.{2 * i}.{kind}": [getattr(layers[i], kind)]
+            for i in range(2)
+            for kind in ("weight", "bias")
+        }
+        per_layer, expected = ({k: [t] for k, t in found.items()} for found in (values, gradients))
+    assert mine.keys() == per_layer.keys() == expected.keys()
+    for key, parameters in mine.items():
+        for parameter, value in zip(parameters, per_layer[key], strict=True):
+            parameter.data.copy_(value)
+    output = model(golden["input_ids"], golden["attention_mask"]).last_hidden_state
+    assert (output - golden[f"{name}/output"]).abs().max() < 1e-12
+    (output * golden["weights"]).sum().backward()
+    for key, parameters in mine.items():
+        for parameter, gradient in zip(parameters, expected[key], strict=True):
+            assert (parameter.grad - gradient).abs().max() < 1e-12, key
 
 
 def test_pefts_prefix_leaves_t5s_encoder_alone_and_half_of_it_is_dead():

@@ -1,4 +1,4 @@
-"""Golden tensors of AdapterHub's library, for tests/test_adapters.py.
+"""Golden tensors of AdapterHub's library, for tests/test_adapters.py and tests/test_soft_prompts.py.
 
 That library pins an older transformers, so it has an environment of its own:
 
@@ -17,7 +17,14 @@ from pathlib import Path
 
 import adapters
 import torch
-from adapters import AdapterFusionConfig, DoubleSeqBnConfig, Fuse, ParBnConfig, SeqBnConfig
+from adapters import (
+    AdapterFusionConfig,
+    DoubleSeqBnConfig,
+    Fuse,
+    ParBnConfig,
+    PrefixTuningConfig,
+    SeqBnConfig,
+)
 from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
 
@@ -33,6 +40,8 @@ CONFIGURATIONS = {
     "parallel": ParBnConfig(reduction_factor=8, scaling=4.0),
     "parallel-learned": ParBnConfig(reduction_factor=8, scaling="learned"),
     "fusion": SeqBnConfig(reduction_factor=8),
+    "prefix": PrefixTuningConfig(flat=True, prefix_length=5, dropout=0.0),
+    "prefix-mlp": PrefixTuningConfig(prefix_length=5, bottleneck_size=7, dropout=0.0),
 }
 
 
@@ -69,7 +78,9 @@ def main():
         else:
             model.train_adapter("one")
         model.double().eval()
-        added = {key: p for key, p in model.named_parameters() if "adapter" in key and "prefix" not in key}
+        kind = "control_trans wte" if name.startswith("prefix") else "adapter"
+        parameters = dict(model.named_parameters())
+        added = {key: p for key, p in parameters.items() if any(word in key for word in kind.split())}
         with torch.no_grad():
             for parameter in added.values():
                 parameter.copy_(random_numbers(generator, parameter.shape, 0.3))
