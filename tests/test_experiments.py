@@ -227,7 +227,11 @@ def test_many_may_add_to_one_file(tiny):
 
 def test_a_run_that_fails_is_said_and_the_file_stays_whole(tiny):
     experiment, path = tiny
-    broken = replace(experiment, tasks={"tweets": Setting("tweets", train=10**9)})
+    impossible = replace(experiment, tasks={"tweets": Setting("tweets", train=10**9)})
+    with pytest.raises(ValueError, match="train: got 1000000000, but 1 to"):
+        work(impossible, path, progress=False)
+    assert not path.exists()
+    broken = replace(experiment, max_length=0)
     with pytest.raises(RuntimeError, match="a process failed; .* goes on with tiny.json where it stopped"):
         work(broken, path, progress=False)
     assert read(path)["runs"] == []
