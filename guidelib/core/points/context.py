@@ -292,14 +292,14 @@ class PrefixPart(Part):
         config = _Config(whole, self._eager, (*others, self))
         return call.on(passes.twin(call.layer, config=config))(*args, **kwargs)
 
-    def pair(self, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Its keys and values (B, heads, P, width of a head), for the text's keys (B, heads, T, ...)."""
+    def forward(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Its keys and values before the text's, (B, heads, P + T, width of a head) each."""
         rows, heads, _, width = key.shape
         prefix = self.prefix(rows).to(key.dtype)  # (P, 2, heads * width)
         if prefix.dim() == 3:
             prefix = prefix.expand(rows, -1, -1, -1)
         keys, values = prefix.view(rows, -1, 2, heads, width).permute(2, 0, 3, 1, 4)
-        return keys, values
+        return torch.cat((keys, key), 2), torch.cat((values, value), 2)
 
 
 class _Config:
@@ -336,17 +336,14 @@ def _attend(
         attention_mask is None and causal and n > 1
     ):  # it was left to the kernel, which counts from the first key
         attention_mask = torch.ones(n, kept, dtype=torch.bool, device=key.device).tril(kept - n)[None, None]
-    bias = kwargs.get("position_bias")
     for part in config.parts:
-        keys, values = part.pair(key)
-        key, value = torch.cat((keys, key), 2), torch.cat((values, value), 2)
-        p = keys.shape[2]
-        if attention_mask is not None:
-            seen = True if attention_mask.dtype == torch.bool else 0.0
-            attention_mask = F.pad(attention_mask, (p, 0), value=seen)
-        bias = None if bias is None else F.pad(bias, (p, 0))
-    if bias is not None:
-        kwargs["position_bias"] = bias
+        key, value = part(key, value)
+    p = key.shape[2] - kept
+    if attention_mask is not None:
+        seen = True if attention_mask.dtype == torch.bool else 0.0
+        attention_mask = F.pad(attention_mask, (p, 0), value=seen)
+    if (bias := kwargs.get("position_bias")) is not None:
+        kwargs["position_bias"] = F.pad(bias, (p, 0))
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, config.eager)
     return attend(module, query, key, value, attention_mask, is_causal=False, **kwargs)
 
