@@ -73,7 +73,7 @@ class PromptPart(Part):
         tokens, embedded = given.pop("input_ids", None), given.get("inputs_embeds")
         if embedded is None:
             embedded = self.body.embedding(tokens)
-        mask, cache = given.get("attention_mask"), given.get("past_key_values")
+        mask, cache = given.get("attention_mask"), _cache(given)
         if mask is not None and mask.dim() != 2:
             raise ValueError(
                 f"attention_mask must be (texts, tokens), ones and zeros, beside {self.name}, got shape "
@@ -195,7 +195,7 @@ class LatePart(Part):
         given = dict(zip(self._arguments, args, strict=False)) | kwargs
         layer, length = self.layer + self._blocks.index(call.module), self.length
         seat = passes.notes()[self]
-        states, mask, cache = (given.get(n) for n in ("hidden_states", "attention_mask", "past_key_values"))
+        states, mask, cache = given.get("hidden_states"), given.get("attention_mask"), _cache(given)
         new = cache is None or not cache.get_seq_length(layer)  # or the prompt is in the cache already
         if new and seat.layer in (None, layer):  # this one, when it is computed again
             seat.layer = layer
@@ -364,6 +364,12 @@ def text_of(output: Any, out: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 def _arguments(module: nn.Module) -> list[str]:
     """The names of the arguments of the module's own forward, in order."""
     return [*inspect.signature(type(module).forward).parameters][1:]
+
+
+def _cache(given: dict[str, Any]) -> Any:
+    """The cache among the arguments; it is called so since transformers 5.24."""
+    cache = given.get("past_key_values")
+    return given.get("cache") if cache is None else cache
 
 
 def padding(mask: torch.Tensor) -> torch.Tensor | None:
