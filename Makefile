@@ -8,13 +8,13 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PROSE := README.md CONTRIBUTING.md LICENSE-TEXT.md CITATION.cff book notebooks guidelib tests tools
-# The models come from packages, so nothing is asked of a hub. Waiting threads sleep: on a busy machine, spinning
-# ones slow training down many times over.
 # The versions that "make compat" tries: oldest, colab or newest. The first two are files of requirements/.
 WITH ?= colab
 COMPAT := .venv-compat/$(WITH)
 # These are about the repository and its site, which are made with the versions of requirements/site.txt.
 OF_THE_SITE := address book form guards notebooks pages site
+# The models come from packages, so nothing is asked of a hub. Waiting threads sleep: on a busy machine, spinning
+# ones slow training down many times over.
 TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE
 
 .DEFAULT_GOAL := help

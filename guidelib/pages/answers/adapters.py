@@ -3,17 +3,13 @@
 import torch
 
 import guidelib as gl
+from guidelib.pages.answers import draw, more_saved
 from guidelib.pages.exercises import exercise
-
-
-def _draw(*shapes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(*shape, generator=generator) for shape in shapes)
 
 
 @exercise(
     hint="Write h + W_up (W_down h + b_down) + b_up with W x + b for h, and collect what stands before x.",
-    inputs=[_draw((d, d_in), (d,), (r, d), (r,), (d, r), (d,)) for d, d_in, r in ((6, 6, 2), (4, 7, 3))],
+    inputs=[draw((d, d_in), (d,), (r, d), (r,), (d, r), (d,)) for d, d_in, r in ((6, 6, 2), (4, 7, 3))],
     tolerance=1e-4,
 )
 def straight(W, b, W_down, b_down, W_up, b_up):
@@ -31,7 +27,7 @@ def straight(W, b, W_down, b_down, W_up, b_up):
     hint="down[task] is a map for each text. A product of batches, or an einsum, applies each to its own.",
     inputs=[
         (h, torch.tensor(task), down, up)
-        for h, down, up in [_draw((4, 5, 6), (3, 2, 6), (3, 6, 2))]
+        for h, down, up in [draw((4, 5, 6), (3, 2, 6), (3, 6, 2))]
         for task in ([0, 2, 2, 1], [1, 1, 1, 1])
     ],
     tolerance=1e-4,
@@ -47,10 +43,4 @@ def mixed(h, task, down, up):
 )
 def moved():
     """Measured: by how many bytes what autograd keeps grows, on 8 x 32 tokens."""
-    model, _ = gl.load_backbone("minilm", task="movie-reviews")
-    found = []
-    for place in ("ffn", "self"):
-        peft = gl.attach(model, gl.PfeifferAdapter(r=16, sublayers=place))
-        found.append(gl.measure(model, gl.token_batch(model, 8, 32)).saved_bytes)
-        peft.detach()
-    return found[1] - found[0]
+    return more_saved(*(gl.PfeifferAdapter(r=16, sublayers=place) for place in ("ffn", "self")))

@@ -3,6 +3,7 @@
 import torch
 
 import guidelib as gl
+from guidelib.pages.answers import more_saved
 from guidelib.pages.exercises import exercise
 
 
@@ -41,10 +42,5 @@ def best(prompts, d):
 @exercise(hint="The rest keeps the same. Which tensor of the decoder does the gradient of z need?")
 def kept():
     """Measured: how many bytes more autograd keeps for IPT than for a prompt of its length."""
-    model, _ = gl.load_backbone("tiny-t5", task="modern-bible")
-    found = []
-    for method in (gl.PromptTuning(length=5), gl.IPT(length=5, d=2, hidden=64)):
-        peft = gl.attach(model, method)
-        found.append(gl.measure(model, gl.token_batch(model, 8, 32)).saved_bytes)
-        peft.detach()
-    return found[1] - found[0]
+    methods = (gl.PromptTuning(length=5), gl.IPT(length=5, d=2, hidden=64))
+    return more_saved(*methods, backbone="tiny-t5", task="modern-bible")

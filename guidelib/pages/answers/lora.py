@@ -3,17 +3,13 @@
 import torch
 
 import guidelib as gl
+from guidelib.pages.answers import draw, more_saved
 from guidelib.pages.exercises import exercise
-
-
-def _draw(*shapes: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(*shape, generator=generator) for shape in shapes)
 
 
 @exercise(
     hint="With W' = W + s B A and the gradient G of W', the gradient of B is s G A^T. And that of A?",
-    inputs=[(*_draw((10, 6), (2, 6)), scale, lr) for scale, lr in ((2.0, 0.1), (0.5, 0.1), (1.0, 0.3))],
+    inputs=[(*draw((10, 6), (2, 6)), scale, lr) for scale, lr in ((2.0, 0.1), (0.5, 0.1), (1.0, 0.3))],
     tolerance=1e-5,
 )
 def first_step(G, A, scale, lr):
@@ -24,7 +20,7 @@ def first_step(G, A, scale, lr):
 
 @exercise(
     hint="B A has the shape (d_out, d_in). What is stored is a transpose.",
-    inputs=[(*_draw((6, 10), (2, 6), (10, 2)), scale) for scale in (0.5, 1.0, 2.0)],
+    inputs=[(*draw((6, 10), (2, 6), (10, 2)), scale) for scale in (0.5, 1.0, 2.0)],
     tolerance=1e-5,
 )
 def merge(stored, A, B, scale):
@@ -34,10 +30,4 @@ def merge(stored, A, B, scale):
 @exercise(hint="A branch keeps scale * A x, which has r numbers for each token. There are 12 branches.")
 def kept():
     """Measured: by how many bytes what autograd keeps grows from rank 8 to rank 64, on 8 x 32 tokens."""
-    model, _ = gl.load_backbone("minilm", task="movie-reviews")
-    found = []
-    for r in (8, 64):
-        peft = gl.attach(model, gl.LoRA(r=r))
-        found.append(gl.measure(model, gl.token_batch(model, 8, 32)).saved_bytes)
-        peft.detach()
-    return found[1] - found[0]
+    return more_saved(gl.LoRA(r=8), gl.LoRA(r=64))

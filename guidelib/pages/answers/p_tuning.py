@@ -3,17 +3,13 @@
 import torch
 
 import guidelib as gl
+from guidelib.pages.answers import draw, more_saved
 from guidelib.pages.exercises import exercise
-
-
-def _draw(*shapes: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(*shape, generator=generator) for shape in shapes)
 
 
 @exercise(
     hint="With P = E W and the gradient G of P, the gradient of E is G W^T. And that of W? Both move.",
-    inputs=[(*_draw((4, 6), (6, 6), (4, 6)), lr) for lr in (0.01, 0.1, 1.0)],
+    inputs=[(*draw((4, 6), (6, 6), (4, 6)), lr) for lr in (0.01, 0.1, 1.0)],
     tolerance=1e-4,
 )
 def step(E, W, G, lr):
@@ -23,7 +19,7 @@ def step(E, W, G, lr):
 
 @exercise(
     hint="The second reader gets the rows in reverse, so its answers come in reverse as well.",
-    inputs=[_draw((n, 3), (3, 3), (3, 3)) for n in (1, 2, 5)],
+    inputs=[draw((n, 3), (3, 3), (3, 3)) for n in (1, 2, 5)],
     tolerance=1e-5,
 )
 def read(x, W, V):
@@ -43,10 +39,5 @@ def read(x, W, V):
 )
 def kept():
     """Measured: by how many bytes more autograd keeps for a network of linear layers than for a prompt."""
-    model, _ = gl.load_backbone("tiny-t5", task="modern-bible")
-    found = []
-    for method in (gl.PromptTuning(length=20), gl.PTuning(length=20, encoder="mlp")):
-        peft = gl.attach(model, method)
-        found.append(gl.measure(model, gl.token_batch(model, 32, 8)).saved_bytes)
-        peft.detach()
-    return found[1] - found[0]
+    methods = (gl.PromptTuning(length=20), gl.PTuning(length=20, encoder="mlp"))
+    return more_saved(*methods, backbone="tiny-t5", task="modern-bible", rows=32, length=8)

@@ -3,17 +3,13 @@
 import torch
 
 import guidelib as gl
+from guidelib.pages.answers import draw, more_saved
 from guidelib.pages.exercises import exercise
-
-
-def _draw(*shapes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(*shape, generator=generator) for shape in shapes)
 
 
 @exercise(
     hint="The output is (1 - lambda) h + lambda v, and lambda = sigmoid(s - c), where c is not about s.",
-    inputs=[(s, *_draw((5,), (5, 3), (3,))) for s in (-3.0, 0.0, 2.0)],
+    inputs=[(s, *draw((5,), (5, 3), (3,))) for s in (-3.0, 0.0, 2.0)],
     tolerance=1e-5,
 )
 def slope(s, scores, V, v):
@@ -25,7 +21,7 @@ def slope(s, scores, V, v):
 
 @exercise(
     hint="The scores are (T, P + T). Only the part on the right, those of the text, gets the triangle.",
-    inputs=[_draw((t, 8), (t, 8), (t, 8), (p, 8), (p, 8)) for t, p in ((5, 2), (3, 4), (4, 1))],
+    inputs=[draw((t, 8), (t, 8), (t, 8), (p, 8), (p, 8)) for t, p in ((5, 2), (3, 4), (4, 1))],
     tolerance=1e-5,
 )
 def causal(q, K, V, P_K, P_V):
@@ -43,10 +39,4 @@ def causal(q, K, V, P_K, P_V):
 )
 def kept():
     """Measured: by how many bytes what autograd keeps grows from 10 to 30 vectors, on 8 x 32 tokens."""
-    model, _ = gl.load_backbone("minilm", task="movie-reviews")
-    found = []
-    for length in (10, 30):
-        peft = gl.attach(model, gl.PrefixTuning(length))
-        found.append(gl.measure(model, gl.token_batch(model, 8, 32)).saved_bytes)
-        peft.detach()
-    return found[1] - found[0]
+    return more_saved(gl.PrefixTuning(10), gl.PrefixTuning(30))

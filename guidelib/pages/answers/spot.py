@@ -4,12 +4,12 @@ import torch
 import torch.nn.functional as F
 
 import guidelib as gl
+from guidelib.pages.answers import draw
 from guidelib.pages.exercises import exercise
 
 
 def _draw(*shapes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(*shape, generator=generator) + 0.5 for shape in shapes)
+    return tuple(tensor + 0.5 for tensor in draw(*shapes))
 
 
 @exercise(
