@@ -187,6 +187,20 @@ def test_decoder_gets_the_library_s_head_on_its_own_weights(name, task):
     assert torch.allclose(together, alone, atol=1e-5)  # so the last token is found beside the padding
 
 
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_that_is_asked_starts_from_its_words(name, task):
+    model, tokenizer = load_backbone(name, task.ask("On {} It", ("negative", "positive")))
+    language_model, _ = load_backbone(name)
+    text = tokenizer("On a fine film It", return_tensors="pt")
+    with torch.no_grad():
+        expected = language_model(**text).logits[0, -1, [ord("n") + 3, ord("p") + 3]]
+        assert torch.allclose(model(**text).logits[0], expected, atol=1e-6)
+    model.score.weight.data.zero_()  # its own, also where the embedding is the language model's head
+    assert model.get_input_embeddings().weight[ord("n") + 3].abs().sum() > 0
+    with pytest.raises(ValueError, match="answers: got .* begin with different tokens"):
+        load_backbone(name, task.ask("{}", (" negative", " positive")))
+
+
 @pytest.mark.parametrize("name", SEQ2SEQ)
 def test_encoder_decoder_with_a_task_is_refused(name, task):
     with pytest.raises(

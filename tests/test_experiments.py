@@ -287,6 +287,16 @@ def test_a_plan_of_your_own(tiny):
     assert experiment.tasks == {"tweets": Setting("tweets", train=16)} and experiment.seeds == 2
 
 
+def test_a_question_in_a_plan_and_what_is_as_usual_is_not_written(tmp_path):
+    new = 'tweets: {train: 16, validation: 8, question: "{} It was", answers: [bad, good]'
+    (tmp_path / "asked.yaml").write_text(PLAN.replace("tweets: {train: 16", new))
+    setting = read_plan(tmp_path / "asked.yaml").tasks["tweets"]
+    assert setting.question == "{} It was" and tuple(setting.answers) == ("bad", "good")
+    assert Setting("tweets", train=16).to_json() == {"type": "Setting", "task": "tweets", "train": 16}
+    data = Setting("movie-reviews", validation=8, test=4, question="{} It", answers=("bad", "good")).data()
+    assert (len(data.validation), len(data.test), data.question) == (8, 4, "{} It")
+
+
 def test_a_sum_in_a_plan(tmp_path):
     lines = PLAN.replace("{type: LoRA, r: 2,", "{sum: [{type: NF4}, {type: LoRA}],")
     (tmp_path / "sum.yaml").write_text(lines)

@@ -210,6 +210,38 @@ def test_encode_names_what_it_refuses(task):
         task.encode(transformers.ByT5Tokenizer(), "train", max_length=0)
 
 
+@pytest.mark.parametrize("length", (14, 24, 200))
+def test_a_question_stays_whole_around_a_text_that_is_cut(length):
+    task = load_task("movie-reviews").subset(train=20)
+    asked = task.ask("On {} It", ("bad", "good"))
+    data = asked.encode(transformers.ByT5Tokenizer(), "train", max_length=length)
+    assert asked.train == task.train and data["labels"] == task.train["label"]
+    for ids, text in zip(data["input_ids"], task.train["text"], strict=True):
+        room = length - len("On  It") - 1
+        assert bytes(i - 3 for i in ids[:-1]).decode("utf-8", "ignore") == f"On {text[:room]} It"
+
+
+@pytest.mark.parametrize(
+    ("question", "answers", "name"),
+    [
+        ("It was", ("bad", "good"), "question"),
+        ("{}{}", ("bad", "good"), "question"),
+        ("{} It", ("bad",), "answers"),
+    ],
+)
+def test_what_cannot_be_asked_is_named(question, answers, name):
+    with pytest.raises(ValueError, match=f"{name}: got .* is accepted"):
+        load_task("movie-reviews").ask(question, answers)
+    with pytest.raises(ValueError, match="task: got 'text2text', but a classification task is accepted"):
+        load_task("modern-bible").ask("{}", ())
+
+
+def test_a_length_without_room_for_a_text_is_refused():
+    asked = load_task("movie-reviews").ask("On {} It", ("bad", "good"))
+    with pytest.raises(ValueError, match="max_length: got 7, but more than the question's 7 is accepted"):
+        asked.encode(transformers.ByT5Tokenizer(), "train", max_length=7)
+
+
 def test_subset_is_seeded_nested_and_leaves_the_rest(task):
     one, again, larger, other = (
         task.subset(train=n, seed=s) for n, s in ((50, 1), (50, 1), (80, 1), (50, 2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +19,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setting(Spec):
-    """How a task is trained and scored.  train: number of items drawn by the seed, None for all.  test: how
-    many test items there are, the same ones in every run."""
+    """How a task is trained and scored.  train: number of items drawn by the seed, None for all.  validation,
+    test: how many there are, the same ones in every run.  question, answers: see `Task.ask`."""
 
     task: str
     train: int | None = None
     epochs: float = 1
+    validation: int | None = None
     test: int | None = None
+    question: str | None = None
+    answers: tuple[str, ...] = ()
 
     def data(self, seed: int = 0) -> Task:
         """The task with as many items."""
         from guidelib.materials.tasks import load_task
 
-        return load_task(self.task).subset(test=self.test).subset(train=self.train, seed=seed)
+        task = load_task(self.task).subset(validation=self.validation, test=self.test)
+        task = task.subset(train=self.train, seed=seed)
+        return task if self.question is None else task.ask(self.question, self.answers)
+
+    def to_json(self) -> Row:
+        """Without what is as usual, so that a result goes on when something that may be set is added."""
+        usual = {field.name for field in fields(self) if getattr(self, field.name) == field.default}
+        return {name: value for name, value in super().to_json().items() if name not in usual}
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,9 @@ def load_backbone(
 
     Without ``task``, an encoder is bare (no pooler) and a decoder or encoder-decoder has its language-model
     head.  With a classification task, an encoder becomes a `MeanPoolClassifier` and a decoder gets
-    transformers' classification head on the last token.  ``seed`` draws that head, and the weights of the
-    ``tiny-*`` models; torch's global random state stays as it was.
+    transformers' classification head on the last token, which starts from words if the task names answers
+    (`Task.ask`).  ``seed`` draws a head, and the weights of the ``tiny-*`` models; torch's global random
+    state stays as it was.
 
     ``minilm`` comes from an installed package, else from the hub: the same files, checked against the same
     hashes.  ``smollm2`` comes from a package with 4-bit weights, converted once to bfloat16 in
@@ -52,14 +53,15 @@ def load_backbone(
     HuggingFaceTB/SmolLM2-135M-Instruct; pass that id for those.  ``tiny-t5`` is part of guidelib: see
     book/tiny-t5.md.
 
-    Raises ValueError for an unknown name or a wrong hash, ModuleNotFoundError for a missing package,
-    OSError for a hub id that cannot be loaded, NotImplementedError for an encoder-decoder with a task.
+    Raises ValueError for an unknown name, a wrong hash or answers that begin alike, ModuleNotFoundError for a
+    missing package, OSError for a hub id that cannot be loaded, NotImplementedError for an encoder-decoder
+    with a task.
     """
     task = _task(task)
     expect_name(name)
     model, tokenizer = _NAMED[name](seed, dtype) if name in _NAMED else _hub(name, dtype)
     if task is not None:
-        model = _with_head(model, task, seed)
+        model = _with_head(model, task, seed, tokenizer)
     return model.eval(), tokenizer
 
 
@@ -154,7 +156,9 @@ class MeanPoolClassifier(PreTrainedModel):
         return SequenceClassifierOutput(loss, logits, output.hidden_states, output.attentions)
 
 
-def _with_head(model: PreTrainedModel, task: Task, seed: int) -> PreTrainedModel:
+def _with_head(
+    model: PreTrainedModel, task: Task, seed: int, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
     config, (kind, *_) = model.config, architecture(model.config)
     if not _needs_head(config, kind, task):
         return model
@@ -163,7 +167,15 @@ def _with_head(model: PreTrainedModel, task: Task, seed: int) -> PreTrainedModel
         if kind == "encoder":
             return MeanPoolClassifier(config, model).to(model.dtype)
         # With the new weights in the state dict nothing is missing, so there is nothing to warn about.
-        score = torch.empty(config.num_labels, config.hidden_size).normal_(0, config.initializer_range)
+        if task.answers:
+            first = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in task.answers]
+            if len(set(first)) < len(first):
+                raise ValueError(
+                    f"answers: got {task.answers}, but words that begin with different tokens are accepted"
+                )
+            score = model.get_output_embeddings().weight[first].detach().clone()
+        else:
+            score = torch.empty(config.num_labels, config.hidden_size).normal_(0, config.initializer_range)
         state = {key: value for key, value in model.state_dict().items() if not key.startswith("lm_head.")}
         return transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)].from_pretrained(
             None, config=config, state_dict=state | {"score.weight": score}, dtype=model.dtype

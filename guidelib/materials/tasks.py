@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -42,6 +43,27 @@ class Task:
     train: datasets.Dataset
     validation: datasets.Dataset
     test: datasets.Dataset
+    question: str = "{}"  # what a model reads, with "{}" for the text
+    answers: tuple[str, ...] = ()  # a word for each label, where the head starts from words
+
+    def ask(self, question: str, answers: Iterable[str]) -> "Task":
+        """The same classification task, put as a question that a language model may answer by a word.
+
+        question: what the model reads, with "{}" for the text.  answers: a word for each of the labels, in
+        their order, as it stands in running text, often with a space before it.  `load_backbone` lets the
+        head of a decoder start from the words' first tokens, so that it answers as the language model does
+        before it is trained.  Raises ValueError for another task, a question without "{}" or a wrong number
+        of words.
+        """
+        answers = tuple(answers)
+        for name, value, right, accepted in (
+            ("task", self.kind, self.kind == "classification", "a classification task"),
+            ("question", question, question.count("{}") == 1, 'a text with one "{}"'),
+            ("answers", answers, len(answers) == len(self.labels), f"a word for each of {self.labels}"),
+        ):
+            if not right:
+                raise ValueError(f"{name}: got {value!r}, but {accepted} is accepted")
+        return replace(self, question=question, answers=answers)
 
     def encode(
         self, tokenizer: PreTrainedTokenizerBase, split: str, max_length: int = 64
@@ -61,11 +83,28 @@ class Task:
             texts = {"text": list(data["source"]), "text_target": list(data["target"])}
             encoded = tokenizer(**texts, truncation=True, max_length=max_length)
         else:
-            encoded = tokenizer(list(data["text"]), truncation=True, max_length=max_length)
+            encoded = self._asked(tokenizer, list(data["text"]), max_length)
             encoded["labels"] = list(data["label"])
         return datasets.Dataset.from_dict(
             {key: encoded[key] for key in ("input_ids", "attention_mask", "labels")}
         )
+
+    def _asked(self, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int) -> Any:
+        """What the model reads.  Of a long text the end is left out, and the question stays whole."""
+        cut = {"truncation": True, "max_length": max_length}
+        if self.question == "{}":
+            return tokenizer(texts, **cut)
+        room = max_length - len(tokenizer(self.question.replace("{}", ""))["input_ids"])
+        if room < 1:
+            raise ValueError(
+                f"max_length: got {max_length}, but more than the question's {max_length - room} is accepted"
+            )
+        own = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        texts = [
+            text if len(ids) <= room else tokenizer.decode(ids[:room])
+            for text, ids in zip(texts, own, strict=True)
+        ]
+        return tokenizer([self.question.replace("{}", text) for text in texts], **cut)
 
     def subset(
         self, train: int | None = None, validation: int | None = None, test: int | None = None, seed: int = 0
