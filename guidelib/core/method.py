@@ -80,6 +80,13 @@ class Method(Spec):
     phase functions are called by ``fit``; most methods need none of them.
     """
 
+    def several(self, field: str, what: str = "role") -> None:
+        """Make a tuple of what stands in ``field``, one name or several, so that equal names make equal
+        methods.  For ``__post_init__``; raises ValueError for anything else."""
+        names = getattr(self, field)
+        expect(isinstance(names, Iterable), field, names, f"a {what} or several of them")
+        object.__setattr__(self, field, (names,) if isinstance(names, str) else tuple(names))
+
     def parts(self, anatomy: Anatomy, saved: Mapping[str, torch.Tensor]) -> list[nn.Module]:
         """The parts (points/part.py) to plug in, in order, built without touching the model.
 

@@ -194,10 +194,7 @@ class NF4(Method):
     double: bool = True
 
     def __post_init__(self):
-        right = isinstance(self.targets, str | list | tuple)
-        expect(right, "targets", self.targets, "a role or several of them")
-        names = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
-        object.__setattr__(self, "targets", names)
+        self.several("targets")
         _expect_block(self.block)
         expect(isinstance(self.double, bool), "double", self.double, "True or False")
 

@@ -19,7 +19,7 @@ afterwards, that is not the same as scaling them there, and it is what can be me
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -47,9 +47,7 @@ class IA3(Method):
 
     def __post_init__(self):
         for name in ("targets", "inputs"):
-            value = getattr(self, name)
-            expect(isinstance(value, Iterable), name, value, "a role or several of them")
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+            self.several(name)
         expect(bool(self.targets or self.inputs), "targets", self.targets, "a role, where inputs has none")
         whole = type(self.tasks) is int and self.tasks >= 1
         expect(whole, "tasks", self.tasks, "a whole number of at least 1")

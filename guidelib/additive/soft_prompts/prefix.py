@@ -15,7 +15,7 @@ Our reading: E starts from N(0, 1), as an embedding does; without an MLP the pre
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,9 +53,7 @@ class PrefixTuning(Method):
         whole = self.mlp is None or (type(self.mlp) is int and self.mlp >= 1)
         expect(whole, "mlp", self.mlp, "a whole number of at least 1, or None")
         expect(self.mlp is None or self.tasks == 1, "mlp", self.mlp, "None for several tasks")
-        names = self.attentions
-        expect(isinstance(names, Iterable), "attentions", names, "a name or several of them")
-        object.__setattr__(self, "attentions", (names,) if isinstance(names, str) else tuple(names))
+        self.several("attentions", "name")
 
     def parts(self, anatomy: Anatomy, saved: Mapping[str, torch.Tensor]) -> list[Part]:
         attentions = anatomy.attentions(self.attentions)

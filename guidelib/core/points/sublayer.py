@@ -15,7 +15,7 @@ last takes it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -43,9 +43,7 @@ class SublayerHook(Method):
     reads: ClassVar[str] = "output"
 
     def __post_init__(self):
-        names = self.sublayers
-        expect(isinstance(names, Iterable), "sublayers", names, "a name or several of them")
-        object.__setattr__(self, "sublayers", (names,) if isinstance(names, str) else tuple(names))
+        self.several("sublayers", "name")
         expect(self.point in POINTS, "point", self.point, f"one of {', '.join(POINTS)}")
 
     def build(self, sublayer: Sublayer) -> nn.Module:

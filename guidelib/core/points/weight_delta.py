@@ -8,7 +8,7 @@ frozen layer's output y = W x + b without forming W'.  The tests hold the two eq
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from guidelib.core.anatomy import Anatomy, Site, fault_of
-from guidelib.core.method import Method, expect
+from guidelib.core.method import Method
 from guidelib.core.points.part import Part, Place, standing, where
 from guidelib.core.values import autocasts
 
@@ -103,9 +103,7 @@ class WeightDelta(Method):
     """
 
     def __post_init__(self):
-        expect(isinstance(self.targets, Iterable), "targets", self.targets, "a role or several of them")
-        names = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
-        object.__setattr__(self, "targets", names)  # frozen: so that equal targets make equal methods
+        self.several("targets")
 
     def build(self, site: Site) -> Delta:
         raise NotImplementedError
