@@ -15,7 +15,9 @@ _MODULES = {
     "guidelib.additive.adapters.drop": ("AdapterDrop",),
     "guidelib.additive.adapters.fusion": ("AdapterFusion",),
     "guidelib.additive.adapters.linear": ("Dense",),
+    "guidelib.additive.other.attention_fusion": ("AttentionFusion",),
     "guidelib.additive.other.ia3": ("IA3",),
+    "guidelib.additive.other.lst": ("LST",),
     "guidelib.additive.soft_prompts.ipt": ("IPT", "PromptSpace", "fit_space"),
     "guidelib.additive.soft_prompts.late": ("LatePromptTuning",),
     "guidelib.additive.soft_prompts.p_tuning": ("PTuning",),
@@ -79,7 +81,7 @@ METHODS = {  # by the survey's classes; the anchors belong to none
         "AdaMix",
     ),
     "soft prompts": ("PromptTuning", "WARP", "PTuning", "SPoT", "PrefixTuning", "IPT", "LatePromptTuning"),
-    "other additive": ("IA3",),
+    "other additive": ("IA3", "LST", "AttentionFusion"),
     "reparametrization": (
         *("LoRA", "AdaLoRA", "DoRA", "GLoRA", "ReLoRA", "QLoRA", "FLoRA", "KronA", "IntrinsicSAID"),
     ),

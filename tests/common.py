@@ -114,6 +114,9 @@ METHOD_CASES = {
     "ia3-all": Case(gl.IA3(targets="all", inputs=("o", "ffn"))),
     "ia3-tasks": Case(gl.IA3(tasks=2)),
     "ia3-lora": Case(gl.IA3(targets=("v", "ffn")) + gl.LoRA(r=2, targets=("v", "ffn.out"))),
+    "lst": Case(gl.LST(reduction=4), "none", silent=key_bias),
+    "lst-one": Case(gl.LST(reduction=2, layers=-1, init="fisher"), "none", silent=key_bias),
+    "attention-fusion": Case(gl.AttentionFusion(), "none"),
     "adapter-lora": Case(gl.Adapter(r=3) + gl.LoRA(r=2, targets=("q", "ffn.out")), "near", 1e-3),
 }
 

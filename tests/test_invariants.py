@@ -599,6 +599,8 @@ COMPILED = [  # every method, in as few graphs as their places allow
     + gl.AdapterDrop(SMALL, 0) + gl.AdaMix(r=2) + gl.PromptTuning(length=2) + gl.PTuning(length=2)
     + gl.PrefixTuning(length=2, mlp=4) + gl.IA3(),
     gl.WARP(length=2) + gl.SPoT(length=2) + gl.IPT(length=2),
+    gl.LST(reduction=4),
+    gl.AttentionFusion(),
     gl.LatePromptTuning(length=2) + gl.LatePromptTuning(length=2, bottleneck=2),
     gl.QLoRA(r=2),
     gl.QLoRA(r=2) + gl.IntrinsicSAID(d=50).on(layers=0),

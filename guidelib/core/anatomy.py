@@ -76,9 +76,12 @@ class Site:
 
         Raises TypeError where the layer is not plain.
         """
-        weight = self.parameter.detach()
-        weight = weight.t() if isinstance(self.module, Conv1D) else weight
-        return weight if self.rows is None else weight[self.rows]
+        return self.view(self.parameter.detach())
+
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What belongs to W, (d_out, d_in), of a tensor in the layout of the layer's parameter."""
+        tensor = tensor.t() if isinstance(self.module, Conv1D) else tensor
+        return tensor if self.rows is None else tensor[self.rows]
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -180,6 +183,8 @@ class Body:
 
     width: d.  first: the position of a text's first token.  places: how many positions there are, None
     where they have no end.  follower: the body that attends to what this one gives, None where a head does.
+    blocks: all of them, whatever the restriction.  closing: the norm behind the last, None where there is
+    none.  names: where what is in a block.
     """
 
     stack: str
@@ -189,6 +194,9 @@ class Body:
     first: int
     places: int | None
     follower: nn.Module | None
+    blocks: tuple[nn.Module, ...]
+    closing: nn.Module | None
+    names: Stack
 
 
 SUBLAYER_NAMES = ("self", "cross", "ffn", "attn")
@@ -293,7 +301,7 @@ class Anatomy:
         sites = (
             replace(site, stack=name, layer=layer)
             for name, layer, block in self.blocks()
-            for site in _sites(block, self.stacks[name])
+            for site in sites_in(block, self.stacks[name])
         )
         return self._choose("targets", targets, TARGET_NAMES, sites, _matches)
 
@@ -336,7 +344,7 @@ class Anatomy:
         """
         attentions = []
         for name, layer, block in self.blocks():
-            sites = _sites(block, self.stacks[name])
+            sites = sites_in(block, self.stacks[name])
             sites = {site.role: replace(site, stack=name, layer=layer) for site in sites}
             for role in ("self", "cross"):
                 if f"{role}.k" in sites:
@@ -357,17 +365,20 @@ class Anatomy:
                 first=self.model.config.pad_token_id + 1 if self.kind in COUNT_FROM_PADDING else 0,
                 places=_places(bodies[name]),
                 follower=bodies.get("decoder") if name == "encoder" else None,
+                blocks=tuple(_find(self.base, self.stacks[name].blocks)),
+                closing=_find(bodies[name], closing) if (closing := self.stacks[name].closing) else None,
+                names=self.stacks[name],
             )
             for name in self._layers
         }
 
     def norms(self) -> dict[str, nn.Parameter]:
-        """Gains and biases of every normalisation layer (LayerNorm and the RMS variants), by parameter
-        name."""
+        """Gains and biases of every normalisation layer (LayerNorm and the RMS variants) of the base, by
+        parameter name."""
         return {
             f"{path}.{name}": parameter
             for path, module in self.model.named_modules()
-            if type(module).__name__.endswith("Norm")
+            if type(module).__name__.endswith("Norm") and not path.startswith(f"{ADDED}.")
             for name, parameter in module.named_parameters(recurse=False)
         }
 
@@ -498,7 +509,7 @@ def _matches(name: str, role: str) -> bool:
     return name == role or (name in ATTENTION_ROLES and role.split(".")[-1] == name)
 
 
-def _sites(block: nn.Module, stack: Stack) -> Iterator[Site]:
+def sites_in(block: nn.Module, stack: Stack) -> Iterator[Site]:
     for role, path in stack.linears.items():
         path, _, part = path.partition("[")
         module = _find(block, path)
@@ -613,7 +624,7 @@ def _stands_for(name: str, role: str) -> bool:
 def _sublayer(stack: str, layer: int, role: str, block: nn.Module, places: Stack) -> Sublayer:
     first, last = ("ffn.in", "ffn.out") if role == "ffn" else (f"{role}.q", f"{role}.o")
     norm, dropout = places.ends[role]
-    sites = {site.role: replace(site, stack=stack, layer=layer) for site in _sites(block, places)}
+    sites = {site.role: replace(site, stack=stack, layer=layer) for site in sites_in(block, places)}
     norm = block.get_submodule(norm)
     return Sublayer(
         stack=stack,

@@ -7,6 +7,7 @@ A path is relative to a block of its stack.  This table is the only place where 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import transformers
 
@@ -43,7 +44,8 @@ class Stack:
     BERT that is no decoder) is simply not there.  ``path[i/n]`` is the i-th of n equal parts of a fused
     projection's outputs.
 
-    ``body`` is the module that embeds the tokens and runs the blocks.
+    ``body`` is the module that embeds the tokens and runs the blocks, ``closing`` the norm behind the last of
+    them, seen from there; ``rotary``: whether it turns queries and keys by their position.
 
     ``ends`` gives each sub-layer's norm and the dropout that acts on its output before the residual is added:
     a path, None where there is none, "" where the block calls it as a function.  Where the norm is missing,
@@ -56,6 +58,8 @@ class Stack:
     ends: Ends = field(default_factory=dict)
     pre_norm: bool = False
     body: str = ""
+    closing: str = ""
+    rotary: bool = False
 
 
 def _stack(
@@ -63,15 +67,14 @@ def _stack(
     attention: dict[str, tuple[str, str, str, str, str]],
     ffn: dict[str, str],
     ends: Ends,
-    pre_norm: bool = False,
-    body: str = "",
+    **more: Any,
 ) -> Stack:
     linears = {
         f"{kind}.{role}": f"{module}.{name}" if module else name
         for kind, (module, *names) in attention.items()
         for role, name in zip(ATTENTION_ROLES, names, strict=True)
     }
-    return Stack(blocks, linears | ffn, ends, pre_norm, body)
+    return Stack(blocks, linears | ffn, ends, **more)
 
 
 _BERT_MAPS = ("self.query", "self.key", "self.value", "output.dense")
@@ -109,6 +112,7 @@ _GPT2 = {
             "ffn": ("ln_2", "mlp.dropout"),
         },
         pre_norm=True,
+        closing="ln_f",
     )
 }
 _LLAMA = {
@@ -118,6 +122,8 @@ _LLAMA = {
         {"ffn.in": "mlp.up_proj", "ffn.gate": "mlp.gate_proj", "ffn.out": "mlp.down_proj"},
         {"self": ("input_layernorm", None), "ffn": ("post_attention_layernorm", None)},
         pre_norm=True,
+        closing="norm",
+        rotary=True,
     )
 }
 
@@ -133,13 +139,14 @@ def _t5_ends(*kinds: str) -> Ends:
 
 _T5_SELF = {"self": ("layer.0.SelfAttention", "q", "k", "v", "o")}
 _T5_CROSS = {"cross": ("layer.1.EncDecAttention", "q", "k", "v", "o")}
+_T5_NORMS = {"pre_norm": True, "closing": "final_layer_norm"}
 _T5 = {
     "encoder": _stack(
-        "encoder.block", _T5_SELF, _t5_ffn(1), _t5_ends("self", "ffn"), pre_norm=True, body="encoder"
+        *("encoder.block", _T5_SELF, _t5_ffn(1), _t5_ends("self", "ffn")), **_T5_NORMS, body="encoder"
     ),
     "decoder": _stack(
         *("decoder.block", _T5_SELF | _T5_CROSS, _t5_ffn(2), _t5_ends("self", "cross", "ffn")),
-        pre_norm=True,
+        **_T5_NORMS,
         body="decoder",
     ),
 }
@@ -167,11 +174,20 @@ ARCHITECTURES: dict[str, dict[str, Stack]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), _LLAMA),
     **dict.fromkeys(("t5", "mt5"), _T5),
     "bart": _BART,
-    "mbart": {name: replace(stack, pre_norm=True) for name, stack in _BART.items()},
+    "mbart": {name: replace(stack, pre_norm=True, closing="layer_norm") for name, stack in _BART.items()},
 }
 
 
 POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")
+WIDTHS = (  # the fields of a configuration that a narrower copy of a block divides
+    *("hidden_size", "d_model", "n_embd", "dim", "head_dim", "d_kv"),
+    *("intermediate_size", "d_ff", "n_inner", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim"),
+)
+HEAD_WIDTHS = (
+    "head_dim",
+    "attention_head_size",
+    "key_value_proj_dim",
+)  # an attention says it by one of these
 COUNT_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")  # the first token has position padding id + 1
 
 

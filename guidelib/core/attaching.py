@@ -208,6 +208,7 @@ class Attachment:
                 part.train(self.model.training)
                 added[name] = part
                 part.plug()
+            _check_closed(self.model, self.parts)
         except BaseException:
             for part in parts:
                 part.unplug()
@@ -461,6 +462,30 @@ def _check_order(parts: list[Part]) -> None:
                         "it finds it"
                     )
             others.append((rows, part))
+
+
+def _check_closed(model: PreTrainedModel, parts: list[Part]) -> None:
+    """Raise ValueError if something is trained where a part lets no gradient through."""
+    for part in parts:
+        mine, closed = f"method: {type(part.method).__name__}", {*part.closed}
+        for other in parts:
+            trained = any(p.requires_grad for p in other.parameters())
+            if closed and other is not part and trained and other.acts_in(closed):
+                its = type(other.method).__name__
+                raise ValueError(
+                    f"{mine} runs the backbone without gradients, in which {its} at {other.place} could not "
+                    "be trained; attach one of the two"
+                )
+        open_to = {id(p) for m in model.modules() if m not in closed for p in m._parameters.values()}
+        names = [
+            name
+            for name, p in model.named_parameters()
+            if closed and p.requires_grad and id(p) not in open_to
+        ]
+        if names:
+            raise ValueError(
+                f"{mine} runs the backbone without gradients, in which {_several(names)} could not be trained"
+            )
 
 
 def _changed(parts: list[Part]) -> int:

@@ -15,6 +15,7 @@ from guidelib.core.attaching import Attachment, attach
 from guidelib.core.method import Method, expect
 from guidelib.core.points.context import LatePart, PrefixPart, PromptPart
 from guidelib.core.points.part import Part
+from guidelib.core.points.side import SidePart
 from guidelib.core.points.sublayer import SublayerPart
 from guidelib.core.points.weight_delta import DeltaPart
 from guidelib.core.points.weight_space import WeightSpacePart
@@ -100,6 +101,8 @@ def _of_part(part: Part) -> tuple[Lit, set[int]]:
         return [("keys and values", "added")], {part.attention.layer}
     if isinstance(part, PromptPart | LatePart):
         return [("context", "added")], set(range(getattr(part, "layer", 0), DEPTH))
+    if isinstance(part, SidePart):
+        return [("side network", "added")], set().union(*(each.layers for each in part.networks.values()))
     if isinstance(part, WeightSpacePart) and trained:
         return [(spot, "beside") for spot in (*WEIGHTS.values(), "norms")], every
     if isinstance(part, WeightSpacePart) or any(buffer.numel() for buffer in part.buffers()):

@@ -45,7 +45,7 @@ class PromptPart(Part):
         self.name, self.method = f"{type(method).__name__}_{body.stack}", method
         self.prompt = prompt
         self._body = (body,)  # in a tuple, so that the backbone's modules are not children of this one
-        self._arguments = _arguments(body.module)
+        self._arguments = arguments(body.module)
 
     @property
     def body(self) -> Body:
@@ -73,7 +73,7 @@ class PromptPart(Part):
         tokens, embedded = given.pop("input_ids", None), given.get("inputs_embeds")
         if embedded is None:
             embedded = self.body.embedding(tokens)
-        mask, cache = given.get("attention_mask"), _cache(given)
+        mask, cache = given.get("attention_mask"), cache_in(given)
         if mask is not None and mask.dim() != 2:
             raise ValueError(
                 f"attention_mask must be (texts, tokens), ones and zeros, beside {self.name}, got shape "
@@ -130,7 +130,7 @@ class PromptPart(Part):
 
     def _behind(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         """Around a decoder: it may attend to the encoder's prompt."""
-        given = dict(zip(_arguments(call.module), args, strict=False)) | kwargs
+        given = dict(zip(arguments(call.module), args, strict=False)) | kwargs
         states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
         if states is not None and mask is not None and states.shape[1] >= mask.shape[1] + self.length:
             given["encoder_attention_mask"] = join(mask.new_ones(len(mask), self.length), mask, padding(mask))
@@ -162,7 +162,7 @@ class LatePart(Part):
         self.prompt, self.layer, self.causal, self.reads_text = prompt, layer, causal, reads
         # in tuples, so that they are not children of this module
         self._blocks, self._body = tuple(blocks), (body,)
-        self._arguments = _arguments(blocks[0])
+        self._arguments = arguments(blocks[0])
 
     @property
     def length(self) -> int:
@@ -179,7 +179,7 @@ class LatePart(Part):
     def _around(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         """Around the body: a note of how long the text is, and of the block before which the prompt joins it,
         since a block may be left out."""
-        given = dict(zip(_arguments(call.module), args, strict=False)) | kwargs
+        given = dict(zip(arguments(call.module), args, strict=False)) | kwargs
         tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
         passes.remember(call.module)
         with passes.noted({self: _Seat(tokens.shape[1])}):
@@ -195,7 +195,7 @@ class LatePart(Part):
         given = dict(zip(self._arguments, args, strict=False)) | kwargs
         layer, length = self.layer + self._blocks.index(call.module), self.length
         seat = passes.notes()[self]
-        states, mask, cache = given.get("hidden_states"), given.get("attention_mask"), _cache(given)
+        states, mask, cache = given.get("hidden_states"), given.get("attention_mask"), cache_in(given)
         new = cache is None or not cache.get_seq_length(layer)  # or the prompt is in the cache already
         if new and seat.layer in (None, layer):  # this one, when it is computed again
             seat.layer = layer
@@ -361,12 +361,12 @@ def text_of(output: Any, out: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return output
 
 
-def _arguments(module: nn.Module) -> list[str]:
+def arguments(module: nn.Module) -> list[str]:
     """The names of the arguments of the module's own forward, in order."""
     return [*inspect.signature(type(module).forward).parameters][1:]
 
 
-def _cache(given: dict[str, Any]) -> Any:
+def cache_in(given: dict[str, Any]) -> Any:
     """The cache among the arguments; it is called so since transformers 5.24."""
     cache = given.get("past_key_values")
     return given.get("cache") if cache is None else cache

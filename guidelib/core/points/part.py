@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 
 import torch
 from torch import nn
@@ -29,6 +29,9 @@ class Part(nn.Module):
     reads: bool = False  # whether its effect depends on the weight that it finds
     last: bool = False  # whether it stands behind all others, wherever it is in a sum
     inside: bool = False  # whether it acts within the layer, and so before all that act on the layer's output
+    closed: tuple[
+        nn.Module, ...
+    ] = ()  # modules through which it lets no gradient, so that nothing trains there
 
     def __init__(self):
         super().__init__()
@@ -51,6 +54,10 @@ class Part(nn.Module):
     def frame(self, call, *args, **kwargs):
         """To be put around a block in which this part makes or reads notes."""
         return framed(call, *args, **kwargs)
+
+    def acts_in(self, modules: Container[nn.Module]) -> bool:
+        """Whether it is plugged into one of them."""
+        return any(module in modules for module in self._plugged)
 
     def unplug(self) -> None:
         """Stop to act, and leave no trace, from wherever ``plug`` has got to."""

@@ -1,0 +1,231 @@
+"""SideNetwork - a small network that reads a frozen backbone's states and gives the final one in its place.
+
+The body of each stack runs without a graph, so nothing of it is kept for the backward pass, however wide or
+deep it is.  What its blocks give is noted on the way: of block l the states h_l (B, T, d), before the norm
+that closes the stack.  A network makes the final state of them, and what follows (head, pooler, language
+model's head) reads that.
+
+An encoder's network may have a width of its own.  Its state travels behind the backbone's, in the same tensor
+(B, T, d + w), so that beams and caches of encoder outputs carry it along; the decoder gets the d numbers that
+it knows, and its network the rest.  What the network of a decoder has to keep from one token to the next
+stands in the model's cache, in layers behind the backbone's.
+
+The backbone stays in evaluation mode, also where the rest trains.  It has nothing to learn that dropout could
+help, and without it a text has the same states in every epoch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from guidelib.core.anatomy import Anatomy, Body
+from guidelib.core.method import Method, expect
+from guidelib.core.points import passes
+from guidelib.core.points.context import arguments, cache_in
+from guidelib.core.points.part import Part
+from guidelib.core.points.passes import Call
+from guidelib.core.values import autocasts
+
+OPEN = "open"  # a note: the backbone runs as it would alone, with a graph and without networks beside it
+
+
+class SideNetwork(nn.Module):
+    """What stands beside one stack.  ``layers``: the blocks whose states it reads.
+
+    A subclass fills in ``forward``.
+    """
+
+    layers: tuple[int, ...]
+
+    def forward(self, trail: Trail) -> torch.Tensor:
+        """The final state (B, T, d) or, where a decoder's network reads it, (B, T, w)."""
+        raise NotImplementedError
+
+
+@dataclass(eq=False)
+class Trail:
+    """What one pass through a stack has left for its network, outside of any graph.
+
+    entered: what the first block was given, (B, T, d).  states: h_l by layer.  given: what else that block
+    was called with, by name.  memory: in a decoder, what the encoder's network has made.
+    """
+
+    body: Body
+    dtype: torch.dtype
+    graph: bool  # whether the network may have one
+    memory: torch.Tensor | None = None
+    entered: torch.Tensor | None = None
+    states: dict[int, torch.Tensor] = field(default_factory=dict)
+    given: dict[int, dict[str, Any]] = field(default_factory=dict)
+    final: torch.Tensor | None = None
+
+    def read(self, states: torch.Tensor) -> torch.Tensor:
+        """In the network's type, of 32 bits or more."""
+        states = states.detach()
+        return states if autocasts(states) else states.to(self.dtype)
+
+    def close(self, states: torch.Tensor) -> torch.Tensor:
+        """What the backbone makes of the last block's states: they pass its closing norm, if it has one."""
+        norm = self.body.closing
+        return states if norm is None else norm.forward(states)
+
+
+class SidePart(Part):
+    """The networks beside the stacks of one model, by the stack's name; a stack may have none."""
+
+    why_not = "it computes beside the network, and no weight can"
+
+    def __init__(self, method: Method, anatomy: Anatomy, networks: Mapping[str, SideNetwork]):
+        super().__init__()
+        self.name, self.method = type(method).__name__, method
+        bodies = Anatomy(anatomy.model).bodies()
+        expect([*bodies][-1] in networks, "stack", [*networks], "None: the final state is the last stack's")
+        self.networks = nn.ModuleDict(networks)
+        self._bodies = tuple(bodies.values())  # in tuples, so that they are not children of this module
+        poolers = [getattr(body.module, "pooler", None) for body in self._bodies]
+        self._poolers = tuple(pooler for pooler in poolers if isinstance(pooler, nn.Module))
+        behind = {module for pooler in self._poolers for module in pooler.modules()}
+        self.closed = tuple(m for body in self._bodies for m in body.module.modules() if m not in behind)
+
+    def plug(self) -> None:
+        for body in self._bodies:
+            self.around(body.module, self._run)
+            for block in body.blocks:
+                self.around(block, self._step)
+        for pooler in self._poolers:
+            self.around(pooler, self._pool)
+        self._rest()
+
+    def unplug(self) -> None:
+        super().unplug()
+        if self._plugged:
+            self._rest(self.training)
+
+    def train(self, mode: bool = True) -> SidePart:
+        """The backbone comes before the parts among a model's children, so this has the last word."""
+        super().train(mode)
+        if self._plugged:
+            self._rest()
+        return self
+
+    def _rest(self, mode: bool = False) -> None:
+        for module in self.closed:
+            module.training = mode
+
+    def _run(self, call: Call, *args: Any, **kwargs: Any) -> Any:
+        """Around a body: it leaves a trail, and its network's state takes the place of its own."""
+        if OPEN in passes.notes():
+            return call(*args, **kwargs)
+        body = next(body for body in self._bodies if body.module is call.module)
+        given = dict(zip(arguments(call.module), args, strict=False)) | kwargs
+        network = self.networks[body.stack] if body.stack in self.networks else None
+        parameters = self.parameters()
+        trail = Trail(body, next(parameters).dtype, torch.is_grad_enabled())
+        if body.stack == "decoder" and "encoder" in self.networks:
+            trail.memory, given["encoder_hidden_states"] = self._memory(body, given)
+        with torch.no_grad(), passes.noted({self: trail}):
+            output = call(**given)
+        if network is None:
+            return output
+        single = not isinstance(output, tuple)
+        own = output.last_hidden_state if single else output[0]
+        state = network(trail) if trail.final is None else trail.final
+        state = torch.cat((own, state), -1) if body.follower is not None else state.to(own.dtype)
+        if not single:
+            return (state, *output[1:])
+        output.last_hidden_state = state
+        return output
+
+    def _memory(self, body: Body, given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the encoder's network has made, and the backbone's own states."""
+        both, d = given.get("encoder_hidden_states"), body.width
+        if both is None or both.shape[-1] <= d:
+            raise ValueError(
+                f"encoder_outputs must come from this model's encoder, whose states {self.name} makes wider "
+                f"than {d}, got {None if both is None else tuple(both.shape)}"
+            )
+        return both[..., d:], both[..., :d].detach().to(body.embedding.weight.dtype)
+
+    def _step(self, call: Call, *args: Any, **kwargs: Any) -> Any:
+        """Around a block: the trail gets what it was given, and what it gives."""
+        output, trail = call(*args, **kwargs), passes.notes().get(self)
+        if trail is None:  # the block is run by itself
+            return output
+        layer = trail.body.blocks.index(call.module)
+        given = dict(zip(arguments(call.module), args, strict=False)) | kwargs
+        states = given.pop("hidden_states")
+        if layer == 0:
+            trail.entered = trail.read(states)
+        network = self.networks[trail.body.stack] if trail.body.stack in self.networks else None
+        if network is not None and layer in network.layers:
+            trail.states[layer] = trail.read(output[0] if isinstance(output, tuple) else output)
+            trail.given[layer] = given
+        return output
+
+    def _pool(self, call: Call, *args: Any, **kwargs: Any) -> Any:
+        """Around a pooler, which stands in the body and may be trained."""
+        trail = passes.notes().get(self)
+        if trail is None:
+            return call(*args, **kwargs)
+        with torch.set_grad_enabled(trail.graph):
+            trail.final = self.networks[trail.body.stack](trail)
+            return call(trail.final.to(args[0].dtype), *args[1:], **kwargs)
+
+
+class Again:
+    """Runs blocks of a network as the backbone has run its own: with the same masks, positions and cache.
+
+    They are of the backbone's class, ``narrow`` times narrower than its own, and ``numbered``: that beside
+    layer l of L keeps its keys and values in the cache's layer L + l.
+    """
+
+    def __init__(self, trail: Trail, narrow: int = 1):
+        self.trail, self.narrow = trail, narrow
+        self.biases: dict[str, Any] = {}  # T5's, which one block hands on to the next
+
+    def __call__(self, block: nn.Module, layer: int, states: torch.Tensor) -> torch.Tensor:
+        """What ``block`` makes of ``states``, called as that of ``layer`` was."""
+        trail = self.trail
+        given = {name: value for name, value in trail.given[layer].items() if name not in BIASES}
+        given |= self.biases
+        if trail.memory is not None:
+            given["encoder_hidden_states"] = trail.memory.to(states.dtype)
+        if (turns := given.get("position_embeddings")) is not None:
+            # every narrow-th of a head's frequencies: those of a head that is as much narrower
+            given["position_embeddings"] = tuple(turn[..., :: self.narrow].to(states.dtype) for turn in turns)
+        if (cache := cache_in(given)) is not None:
+            _make_room(cache, 2 * len(trail.body.blocks))
+        output = block(states, **given)
+        if not isinstance(output, tuple):
+            return output
+        self.biases = dict(zip(BIASES, output[1:], strict=False))
+        return output[0]
+
+
+BIASES = ("position_bias", "encoder_decoder_position_bias")
+
+
+def numbered(block: nn.Module, layer: int) -> nn.Module:
+    """``block``, with ``layer`` as the place of its keys and values in a cache."""
+    for module in block.modules():
+        if hasattr(module, "layer_idx"):
+            module.layer_idx = layer
+    return block
+
+
+def _make_room(cache: Any, layers: int) -> None:
+    """Let the cache have so many layers, those behind the backbone's as the backbone's are."""
+    if hasattr(cache, "self_attention_cache"):  # and another one for the encoder's states
+        caches = cache.self_attention_cache, cache.cross_attention_cache
+    else:
+        caches = (cache,)
+    for each in caches:
+        for layer in each.layers[: layers - len(each.layers)]:
+            names = inspect.signature(type(layer)).parameters
+            each.layers.append(type(layer)(**{n: getattr(layer, n) for n in names if hasattr(layer, n)}))
