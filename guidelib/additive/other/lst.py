@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from guidelib.additive.other import narrow
-from guidelib.core.anatomy import Anatomy, Body, Layers, Site, sites_in
+from guidelib.core.anatomy import Anatomy, Body, Layers, sites_in
 from guidelib.core.method import Attached, Method, expect
 from guidelib.core.points.part import Part
 from guidelib.core.points.passes import noted

@@ -73,7 +73,7 @@ class Trail:
     def close(self, states: torch.Tensor) -> torch.Tensor:
         """What the backbone makes of the last block's states: they pass its closing norm, if it has one."""
         norm = self.body.closing
-        return states if norm is None else norm.forward(states)
+        return states if norm is None else norm.forward(states.to(norm.weight.dtype))
 
 
 class SidePart(Part):
@@ -125,8 +125,7 @@ class SidePart(Part):
         body = next(body for body in self._bodies if body.module is call.module)
         given = dict(zip(arguments(call.module), args, strict=False)) | kwargs
         network = self.networks[body.stack] if body.stack in self.networks else None
-        parameters = self.parameters()
-        trail = Trail(body, next(parameters).dtype, torch.is_grad_enabled())
+        trail = Trail(body, next(self.parameters()).dtype, torch.is_grad_enabled())
         if body.stack == "decoder" and "encoder" in self.networks:
             trail.memory, given["encoder_hidden_states"] = self._memory(body, given)
         with torch.no_grad(), passes.noted({self: trail}):
