@@ -398,10 +398,14 @@ def test_a_pooler_reads_the_networks_state_and_is_trained(name):
 
 
 def test_a_bare_backbone_gives_the_networks_state():
-    config = bert().config
-    model = BertModel(config).eval()
-    attachment = gl.attach(model, gl.AttentionFusion().on(layers=-1))
+    model = BertModel(bert().config).eval()
     ids = batch("tiny-bert", padded=False)["input_ids"]
+    attachment = gl.attach(model, gl.LST(4))
+    with torch.no_grad():
+        shapes = [h.shape[-1] for h in model(ids, output_hidden_states=True).hidden_states]
+    assert shapes == [32, 32, 32]  # none of the side's
+    attachment.detach()
+    attachment = gl.attach(model, gl.AttentionFusion().on(layers=-1))
     with torch.no_grad():
         output = model(ids, output_hidden_states=True)
         assert torch.equal(output.last_hidden_state, output.hidden_states[-1])
@@ -449,6 +453,17 @@ def test_the_backbone_may_stand_in_four_bits(name):
     model(**inputs).loss.backward()
     side = next(part for part in attachment.parts if isinstance(part, SidePart))
     assert all(p.grad is not None for p in side.parameters())
+
+
+def test_the_fisher_information_is_that_of_the_base_also_beside_four_bits():
+    inputs, found = batch("tiny-llama"), []
+    for method in (gl.LST(4, init="fisher"), gl.NF4() + gl.LST(4, init="fisher")):
+        attachment = gl.attach(build("tiny-llama"), method)
+        acting = outputs(attachment.model, inputs)
+        method.prepare(attachment, [inputs])
+        found.append([p for part in attachment.parts for p in part.parameters()])
+        assert not torch.equal(outputs(attachment.model, inputs), acting)
+    assert all(map(torch.equal, *found))
 
 
 def test_what_is_trained_in_the_backbone_stands_not_beside_a_side_network():

@@ -64,6 +64,7 @@ class Attached(Protocol):
 
     model: Any
     anatomy: Anatomy
+    parts: list[Any]
 
     def parts_of(self, method: Method) -> list[Any]:
         """The parts that ``method`` made, also where it is a member of a sum."""

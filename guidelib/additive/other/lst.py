@@ -89,11 +89,21 @@ class LST(Method):
         return kept
 
     def prepare(self, attachment: Attached, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
-        """Start from what the Fisher information of the backbone's weights lets stand."""
+        """Start from what the Fisher information of the backbone's weights lets stand.
+
+        Of a batch without labels the sum of the first output stands in for the loss.
+        """
         (part,) = attachment.parts_of(self)
         bodies, ladders = Anatomy.bodies(Anatomy(attachment.model)), part.networks
         if self.init == "fisher" and self._untouched(bodies, ladders):
-            scores = _fisher(attachment.model, bodies, ladders, batches)
+            others = [each for each in attachment.parts if each is not part]
+            for each in others:  # of weights that stand in four bits, those of the base count
+                each.unplug()
+            try:
+                scores = _fisher(attachment.model, bodies, ladders, batches)
+            finally:
+                for each in others:
+                    each.plug()
             self._prune(bodies, ladders, lambda site: site.view(scores[site.parameter]))
 
     def _prune(self, bodies: Mapping[str, Body], ladders: Any, score: narrow.Score) -> None:
@@ -170,7 +180,8 @@ def _fisher(model, bodies, ladders, batches) -> dict[nn.Parameter, torch.Tensor]
             weight.requires_grad_(True)
         for example in itertools.islice(examples, EXAMPLES):
             with noted({OPEN: True}):
-                loss = model(**example).loss
+                output = model(**example)[0]
+            loss = output if "labels" in example else output.sum()
             for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
                 total[weight] += gradient.float().square()
     finally:

@@ -58,12 +58,11 @@ class Trail:
 
     body: Body
     dtype: torch.dtype
-    graph: bool  # whether the network may have one
     memory: torch.Tensor | None = None
     entered: torch.Tensor | None = None
     states: dict[int, torch.Tensor] = field(default_factory=dict)
     given: dict[int, dict[str, Any]] = field(default_factory=dict)
-    final: torch.Tensor | None = None
+    pool: tuple[Call, tuple[Any, ...]] | None = None  # what a pooler has been asked for
 
     def read(self, states: torch.Tensor) -> torch.Tensor:
         """In the network's type, of 32 bits or more."""
@@ -125,7 +124,7 @@ class SidePart(Part):
         body = next(body for body in self._bodies if body.module is call.module)
         given = dict(zip(arguments(call.module), args, strict=False)) | kwargs
         network = self.networks[body.stack] if body.stack in self.networks else None
-        trail = Trail(body, next(self.parameters()).dtype, torch.is_grad_enabled())
+        trail = Trail(body, next(self.parameters()).dtype)
         if body.stack == "decoder" and "encoder" in self.networks:
             trail.memory, given["encoder_hidden_states"] = self._memory(body, given)
         with torch.no_grad(), passes.noted({self: trail}):
@@ -134,11 +133,17 @@ class SidePart(Part):
             return output
         single = not isinstance(output, tuple)
         own = output.last_hidden_state if single else output[0]
-        state = network(trail) if trail.final is None else trail.final
+        state = network(trail)
         state = torch.cat((own, state), -1) if body.follower is not None else state.to(own.dtype)
+        pooled = ()
+        if trail.pool is not None:
+            pool, rest = trail.pool
+            pooled = (pool(state, *rest),)
         if not single:
-            return (state, *output[1:])
+            return (state, *pooled, *output[1 + len(pooled) :])
         output.last_hidden_state = state
+        if pooled:
+            (output.pooler_output,) = pooled
         return output
 
     def _memory(self, body: Body, given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,14 +172,13 @@ class SidePart(Part):
             trail.given[layer] = given
         return output
 
-    def _pool(self, call: Call, *args: Any, **kwargs: Any) -> Any:
-        """Around a pooler, which stands in the body and may be trained."""
+    def _pool(self, call: Call, states: torch.Tensor, *rest: Any) -> torch.Tensor:
+        """Around a pooler, which stands in the body and may be trained: it waits for the network's state."""
         trail = passes.notes().get(self)
         if trail is None:
-            return call(*args, **kwargs)
-        with torch.set_grad_enabled(trail.graph):
-            trail.final = self.networks[trail.body.stack](trail)
-            return call(trail.final.to(args[0].dtype), *args[1:], **kwargs)
+            return call(states, *rest)
+        trail.pool = call, rest
+        return states[:, 0]
 
 
 class Again:
