@@ -88,17 +88,11 @@ class PromptPart(Part):
         inside = cache.get_seq_length() if cache is not None else 0  # the prompt is among them
         new = not inside
         start = None if mask is None or self.counted else padding(mask)
-        if self.counted:
-            positions = given.get("position_ids")
-            if positions is None:
-                positions = self._count(embedded, mask, inside - self.length if inside else 0)
-            positions = positions + self.length
-            if new:
-                own = self.body.first + torch.arange(self.length, device=positions.device)
-                positions = torch.cat((own.expand(len(positions), -1), positions), 1)
-            given["position_ids"] = positions
         if mask is not None:
-            given["attention_mask"] = join(mask.new_ones(len(mask), self.length), mask, start)
+            mask = given["attention_mask"] = join(mask.new_ones(len(mask), self.length), mask, start)
+        if self.counted:
+            told = given.get("position_ids")
+            given["position_ids"] = self._positions(told, embedded, mask, inside)
         if new:
             prompt = self.prompt(len(embedded)).to(embedded.dtype)
             prompt = prompt.expand(len(embedded), -1, -1) if prompt.dim() == 2 else prompt
@@ -116,12 +110,21 @@ class PromptPart(Part):
         """The body's output for the text alone."""
         return text_of(output, lambda states: without(states, self.length, start))
 
-    def _count(self, embedded: torch.Tensor, mask: torch.Tensor | None, behind: int) -> torch.Tensor:
-        """The positions of the text's tokens, (B, T) or (1, T)."""
-        n = embedded.shape[1]
+    def _positions(
+        self, told: torch.Tensor | None, embedded: torch.Tensor, mask: torch.Tensor | None, inside: int
+    ) -> torch.Tensor:
+        """The positions of what is computed now, (B, n) or (1, n): of the prompt, unless it is ``inside`` the
+        cache, and of the text behind it.  ``mask`` is that of both."""
+        first, length, device = self.body.first, self.length, embedded.device
+        n = embedded.shape[1] + (0 if inside else length)
+        if told is not None:
+            if inside:
+                return told + length
+            own = torch.arange(first, first + length, device=device)
+            return torch.cat((own.expand(len(told), -1), told + length), 1)
         if mask is None:
-            return self.body.first + behind + torch.arange(n, device=embedded.device).unsqueeze(0)
-        return self.body.first + (mask.long().cumsum(1) - 1).clamp(min=0)[:, -n:]
+            return torch.arange(first + inside, first + inside + n, device=device).unsqueeze(0)
+        return (mask.long().cumsum(1) + (first - 1))[:, -n:]
 
     def _pool(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if self not in passes.notes():
