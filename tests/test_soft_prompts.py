@@ -728,6 +728,18 @@ def test_a_text_that_is_too_long_beside_its_prompt_is_refused(backbone):
         outputs(model, batch(backbone, padded=False, length=fits + 1))
 
 
+@pytest.mark.parametrize("backbone", ["tiny-bert", "tiny-distilbert", *DECODERS, *SEQ2SEQ])
+def test_a_prompt_and_a_late_one_stand_in_either_order(backbone):
+    late, early, found = gl.LatePromptTuning(length=3), gl.PromptTuning(length=2), []
+    for method in (late + early, early + late):
+        model = build(backbone)
+        for part in gl.attach(model, method).parts:
+            vectors = part.prompt.P.data
+            vectors.copy_(torch.linspace(-1, 1, vectors.numel()).view_as(vectors))
+        found.append(outputs(model, batch(backbone)))
+    assert found[0].shape == found[1].shape and (found[0] - found[1]).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("method", [gl.PromptTuning(length=2), gl.LatePromptTuning(length=2, bottleneck=3)])
 def test_embeddings_may_be_narrower_than_the_blocks(method):
     config = ElectraConfig(

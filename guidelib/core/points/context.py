@@ -201,7 +201,7 @@ class LatePart(Part):
         states, mask, cache = given.get("hidden_states"), given.get("attention_mask"), cache_in(given)
         new = cache is None or not cache.get_seq_length(layer)  # or the prompt is in the cache already
         if new and seat.layer in (None, layer):  # this one, when it is computed again
-            seat.layer = layer
+            seat.layer, seat.text = layer, states.shape[1]  # beside another part's prompt
             given["hidden_states"] = join(self._made(states, mask), states, None)
         if mask is not None:
             given["attention_mask"] = self._seen(mask, new)
@@ -255,7 +255,7 @@ class LatePart(Part):
 
 
 class _Seat:
-    """Of one pass: how many tokens the text has, and before which block a late prompt joined them."""
+    """Of one pass: how many places the text has, and before which block a late prompt joined it."""
 
     def __init__(self, text: int):
         self.text, self.layer = text, None
