@@ -362,7 +362,10 @@ NEEDED = {
     "Exercises",
     "When to use it",
 }
-OF_NO_METHOD = ("foundations/", "reparametrization/lora_choices", "reparametrization/family")
+OF_NO_METHOD = (
+    *("foundations/", "reparametrization/lora_choices", "reparametrization/family"),
+    "additive/soft_prompts",
+)
 LINES, LINES_OF_CELL, COLUMNS, TRUTHS, WORDS, WORDS_OF_FOUNDATIONS = 220, 25, 88, 8, 1700, 2300
 
 
