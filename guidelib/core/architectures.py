@@ -183,11 +183,8 @@ WIDTHS = (  # the fields of a configuration that a narrower copy of a block divi
     *("hidden_size", "d_model", "n_embd", "dim", "head_dim", "d_kv"),
     *("intermediate_size", "d_ff", "n_inner", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim"),
 )
-HEAD_WIDTHS = (
-    "head_dim",
-    "attention_head_size",
-    "key_value_proj_dim",
-)  # an attention says it by one of these
+# by one of these an attention says how wide a head is
+HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
 COUNT_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")  # the first token has position padding id + 1
 
 

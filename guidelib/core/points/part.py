@@ -29,9 +29,7 @@ class Part(nn.Module):
     reads: bool = False  # whether its effect depends on the weight that it finds
     last: bool = False  # whether it stands behind all others, wherever it is in a sum
     inside: bool = False  # whether it acts within the layer, and so before all that act on the layer's output
-    closed: tuple[
-        nn.Module, ...
-    ] = ()  # modules through which it lets no gradient, so that nothing trains there
+    closed: tuple[nn.Module, ...] = ()  # through which it lets no gradient, so that nothing trains there
 
     def __init__(self):
         super().__init__()
