@@ -7,7 +7,7 @@ from transformers import BertConfig
 
 import guidelib as gl
 from guidelib.additive.soft_prompts.late import Generator
-from guidelib.pages.answers import more_saved
+from guidelib.pages.answers import draw, more_saved
 from guidelib.pages.exercises import exercise
 
 
@@ -29,9 +29,7 @@ def more_flops(L, k, d, T, length):
 
 
 def _draw(B: int, T: int, d: int, m: int, length: int) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((B, T, d), (m, d), (m,), (length * d, m), (length * d,))
-    states, *weights = (torch.randn(*shape, generator=generator) for shape in shapes)
+    states, *weights = draw((B, T, d), (m, d), (m,), (length * d, m), (length * d,))
     lengths = torch.arange(1, B + 1).clamp(max=T)
     return states, (torch.arange(T) < lengths[:, None]).long(), *weights
 
