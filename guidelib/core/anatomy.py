@@ -198,6 +198,11 @@ class Body:
     closing: nn.Module | None
     names: Stack
 
+    @property
+    def like(self) -> torch.Tensor:
+        """The `Site.like` of its first map, for what is made to fit its blocks."""
+        return next(sites_in(self.blocks[0], self.names)).like
+
 
 SUBLAYER_NAMES = ("self", "cross", "ffn", "attn")
 ATTENTION_NAMES = ("self", "cross", "attn")

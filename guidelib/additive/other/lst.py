@@ -94,7 +94,7 @@ class LST(Method):
         Of a batch without labels the sum of the first output stands in for the loss.
         """
         (part,) = attachment.parts_of(self)
-        bodies, ladders = Anatomy.bodies(Anatomy(attachment.model)), part.networks
+        bodies, ladders = Anatomy(attachment.model).bodies(), part.networks
         if self.init == "fisher" and self._untouched(bodies, ladders):
             others = [each for each in attachment.parts if each is not part]
             for each in others:  # of weights that stand in four bits, those of the base count
@@ -131,7 +131,7 @@ class Ladder(SideNetwork):
 
     def __init__(self, method: LST, body: Body, layers: list[int]):
         super().__init__()
-        like = next(sites_in(body.blocks[0], body.names)).like
+        like = body.like
         d, made = narrow.sizes(body)["d"], {"device": like.device, "dtype": added_dtype(like)}
         w, n = d // method.reduction, len(layers)
         self.layers, self.narrow, self.temperature = tuple(layers), method.reduction, method.temperature

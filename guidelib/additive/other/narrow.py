@@ -92,7 +92,7 @@ def narrow_block(body: Body, layer: int, reduction: int, *, first: bool) -> nn.M
 
 def narrow_norm(body: Body, reduction: int) -> nn.Module:
     """A copy of the norm that closes the stack, as it starts; nothing where there is none."""
-    norm, like = body.closing, next(sites_in(body.blocks[0], body.names)).like
+    norm, like = body.closing, body.like
     if norm is None:
         return nn.Identity()
     eps = getattr(norm, "variance_epsilon", None) or norm.eps

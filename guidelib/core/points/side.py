@@ -57,6 +57,7 @@ class Trail:
     """
 
     body: Body
+    network: SideNetwork | None
     dtype: torch.dtype
     memory: torch.Tensor | None = None
     entered: torch.Tensor | None = None
@@ -87,6 +88,9 @@ class SidePart(Part):
         expect([*bodies][-1] in networks, "stack", [*networks], "None: the final state is the last stack's")
         self.networks = nn.ModuleDict(networks)
         self._bodies = tuple(bodies.values())  # in tuples, so that they are not children of this module
+        self._arguments = {
+            module: arguments(module) for body in self._bodies for module in (body.module, *body.blocks)
+        }
         poolers = [getattr(body.module, "pooler", None) for body in self._bodies]
         self._poolers = tuple(pooler for pooler in poolers if isinstance(pooler, nn.Module))
         behind = {module for pooler in self._poolers for module in pooler.modules()}
@@ -122,9 +126,9 @@ class SidePart(Part):
         if OPEN in passes.notes():
             return call(*args, **kwargs)
         body = next(body for body in self._bodies if body.module is call.module)
-        given = dict(zip(arguments(call.module), args, strict=False)) | kwargs
+        given = dict(zip(self._arguments[call.module], args, strict=False)) | kwargs
         network = self.networks[body.stack] if body.stack in self.networks else None
-        trail = Trail(body, next(self.parameters()).dtype)
+        trail = Trail(body, network, next(self.parameters()).dtype)
         if body.stack == "decoder" and "encoder" in self.networks:
             trail.memory, given["encoder_hidden_states"] = self._memory(body, given)
         with torch.no_grad(), passes.noted({self: trail}):
@@ -162,12 +166,11 @@ class SidePart(Part):
         if trail is None:  # the block is run by itself
             return output
         layer = trail.body.blocks.index(call.module)
-        given = dict(zip(arguments(call.module), args, strict=False)) | kwargs
+        given = dict(zip(self._arguments[call.module], args, strict=False)) | kwargs
         states = given.pop("hidden_states")
         if layer == 0:
             trail.entered = trail.read(states)
-        network = self.networks[trail.body.stack] if trail.body.stack in self.networks else None
-        if network is not None and layer in network.layers:
+        if trail.network is not None and layer in trail.network.layers:
             trail.states[layer] = trail.read(output[0] if isinstance(output, tuple) else output)
             trail.given[layer] = given
         return output
