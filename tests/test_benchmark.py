@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from guidelib.additive.other.lst import LST
 from guidelib.cli import app
 from guidelib.costs import benchmark
 
@@ -40,10 +41,13 @@ def test_the_command_prints_both_tables(monkeypatch):
         monkeypatch.setattr(
             benchmark, function.__name__, lambda pairs, function=function: function(name, pairs=pairs)
         )
+    kept = benchmark.kept_ratio
+    monkeypatch.setattr(benchmark, "kept_ratio", lambda: kept(LST(reduction=4), name, epochs=1, texts=8))
     result = CliRunner().invoke(app, ["benchmark", "--pairs", "6"])
     assert result.exit_code == 0, result.output
     steps, latencies = result.output.split("a forward pass")
     assert [label for label in benchmark.METHODS if label not in steps] == []
     unmerged = {line.split("  ")[1].strip() for line in latencies.splitlines() if "cannot be merged" in line}
     assert unmerged == {"Pfeiffer adapter r=24"}
+    assert float(latencies.split()[-3]) > 0  # five epochs of LST
     assert "head only" not in latencies and "LoRA r=8 on all" in latencies

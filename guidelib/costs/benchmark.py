@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,19 @@ import torch
 from scipy import stats
 
 from guidelib.additive.adapters.bottleneck import PfeifferAdapter
+from guidelib.additive.other.lst import LST
 from guidelib.core.attaching import attach
 from guidelib.core.method import Method, expect
 from guidelib.machine import device
 from guidelib.materials.backbones import load_backbone
+from guidelib.materials.tasks import load_task
 from guidelib.reparametrization.adalora import AdaLoRA
 from guidelib.reparametrization.dora import DoRA
 from guidelib.reparametrization.krona import KronA
 from guidelib.reparametrization.lora import LoRA
 from guidelib.reparametrization.nf4 import NF4
 from guidelib.selective.anchors import FullFineTuning, HeadOnly
+from guidelib.training.fit import fit
 
 METHODS: dict[str, Method] = {
     "full fine-tuning": FullFineTuning(),
@@ -41,6 +45,7 @@ METHODS: dict[str, Method] = {
     "NF4 with LoRA on q, v": NF4() + LoRA(r=8),
     "Pfeiffer adapter r=24": PfeifferAdapter(r=24),
 }
+SIDE = LST()
 
 
 @dataclass(frozen=True)
@@ -95,18 +100,35 @@ def latency_ratios(
     return result
 
 
+def kept_ratio(
+    method: Method = SIDE, backbone: str = "smollm2", *, pairs: int = 6, texts: int = 32, epochs: int = 5
+) -> Ratio:
+    """A training of several epochs that runs the frozen blocks in each of them, over one that keeps what they
+    give (``frozen`` of `fit`), on ``texts`` movie reviews in batches of 16."""
+    task = load_task("movie-reviews").subset(train=texts)
+
+    def training(frozen: str) -> float:
+        model, tokenizer = load_backbone(backbone, task)
+        attach(model, method)
+        settings = {"epochs": epochs, "batch_size": 16, "progress": False}
+        return fit(model, task, tokenizer, frozen=frozen, **settings).seconds
+
+    times = take_turns({frozen: partial(training, frozen) for frozen in ("still", "memory")}, pairs)
+    return ratio(times["still"], times["memory"])
+
+
 def take_turns(runs: dict[str, Callable[[], Any]], pairs: int) -> dict[str, list[float]]:
-    """Seconds of every run in each of ``pairs`` turns."""
+    """Seconds of every run in each of ``pairs`` turns; one that returns a float has timed itself."""
     expect(isinstance(pairs, int) and pairs >= 6, "pairs", pairs, "a whole number of at least 6")
     times = {label: [] for label in runs}
     for turn in range(pairs + 1):
         for label, run in runs.items():
             start = time.perf_counter()
-            run()
+            own = run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if turn:  # the first one warms up
-                times[label].append(time.perf_counter() - start)
+                times[label].append(own if isinstance(own, float) else time.perf_counter() - start)
     return times
 
 

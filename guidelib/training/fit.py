@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from guidelib.core.method import expect
 from guidelib.machine import device
 from guidelib.materials.tasks import SPLITS, Task
 from guidelib.training import recompute
+from guidelib.training.states import SameBatches, frozen_states
 from guidelib.training.text2text import chrf_of_each, generate, score
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # as transformers and accelerate call them
@@ -70,6 +72,7 @@ def fit(
     seed: int = 0,
     keep_less: bool = False,
     mixed_precision: str | None = None,
+    frozen: str | Path | None = None,
     progress: bool = True,
 ) -> Fit:
     """Train what is attached to ``model`` on the task's training split, with AdamW and a linear schedule.
@@ -81,6 +84,11 @@ def fit(
     same.  mixed_precision: "no"; "bf16" or "fp16" to run the model under autocast, so that its products take
     16 bits.  With "fp16" the loss is scaled besides, or small gradients would be zero; a step whose gradients
     overflow is left out.  None: "fp16" for a model in float16, otherwise "no".
+    frozen: what becomes of the blocks below the lowest one in which something is trained, which are all of
+    them beside a side network.  "memory" runs them once per batch and keeps what is read of them, of which a
+    long training has much; a folder keeps it in files there, which go when the training ends.  For that,
+    batches are composed once and there is no dropout in those blocks; "still" does this and keeps nothing,
+    with the same result to the bit.  None does nothing of it.
 
     A parameter that is itself in 16 bits, of the base or of the method, would round most steps away.  AdamW
     moves a 32-bit copy of it, and the model gets the copy's value, rounded, after every step.  That takes 4
@@ -113,6 +121,9 @@ def fit(
 
     data = task.encode(tokenizer, "train", max_length)
     collate = _collator(model, task, tokenizer)
+    some = collate([data[i] for i in range(min(batch_size, len(data)))])
+    with frozen_states(attachment, frozen, some):
+        pass  # if it cannot be, that is said before anything is done
     attachment.method.prepare(attachment, DataLoader(data, batch_size=batch_size, collate_fn=collate))
 
     own = attachment.method.rewrites(attachment.anatomy)
@@ -120,7 +131,11 @@ def fit(
     steps = math.ceil(epochs * math.ceil(len(data) / batch_size))
     optimizer = _optimizer(attachment, lr, lr if head_lr is None else head_lr, weight_decay)
     phases = _Phases(attachment, steps, progress)
-    with tempfile.TemporaryDirectory() as folder, _ready(model):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        frozen_states(attachment, frozen, some) as states,
+        _ready(model),
+    ):
         trainer = _Trainer(
             model,
             _one_device(
@@ -146,6 +161,7 @@ def fit(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.attachment, trainer.losses, trainer.keep_less = attachment, [], keep_less
+        trainer.states = states
         # not before the Trainer has put the model on its device
         trainer.copies = phases.copies = _Copies(p for p in model.parameters() if p.requires_grad)
         if trainer.copies:
@@ -353,8 +369,17 @@ class _Trainer(Trainer):
         self.copies.take()
         return loss
 
+    def _get_train_sampler(self, train_dataset=None):
+        if self.states is None:
+            return super()._get_train_sampler(train_dataset)
+        lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
+        return SameBatches(lengths, self.args.per_device_train_batch_size, self.args.seed)
+
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        with recompute.keep_less() if self.keep_less else nullcontext():
+        with (
+            self.states.of(inputs) if self.states else nullcontext(),
+            recompute.keep_less() if self.keep_less else nullcontext(),
+        ):
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
             loss = loss + sum(self.attachment.method.loss_terms(self.attachment, inputs, outputs))
         self.seen = inputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -52,6 +52,11 @@ class Part(nn.Module):
     def frame(self, call, *args, **kwargs):
         """To be put around a block in which this part makes or reads notes."""
         return framed(call, *args, **kwargs)
+
+    @property
+    def plugged(self) -> Iterable[nn.Module]:
+        """The modules that it is plugged into."""
+        return self._plugged.keys()
 
     def acts_in(self, modules: Container[nn.Module]) -> bool:
         """Whether it is plugged into one of them."""
