@@ -17,6 +17,7 @@ _MODULES = {
     "guidelib.additive.adapters.linear": ("Dense",),
     "guidelib.additive.other.attention_fusion": ("AttentionFusion",),
     "guidelib.additive.other.ia3": ("IA3",),
+    "guidelib.additive.other.lets": ("LeTS",),
     "guidelib.additive.other.lst": ("LST",),
     "guidelib.additive.soft_prompts.ipt": ("IPT", "PromptSpace", "fit_space"),
     "guidelib.additive.soft_prompts.late": ("LatePromptTuning",),
@@ -81,7 +82,7 @@ METHODS = {  # by the survey's classes; the anchors belong to none
         "AdaMix",
     ),
     "soft prompts": ("PromptTuning", "WARP", "PTuning", "SPoT", "PrefixTuning", "IPT", "LatePromptTuning"),
-    "other additive": ("IA3", "LST", "AttentionFusion"),
+    "other additive": ("IA3", "LST", "AttentionFusion", "LeTS"),
     "reparametrization": (
         *("LoRA", "AdaLoRA", "DoRA", "GLoRA", "ReLoRA", "QLoRA", "FLoRA", "KronA", "IntrinsicSAID"),
     ),

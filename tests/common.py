@@ -117,6 +117,8 @@ METHOD_CASES = {
     "lst": Case(gl.LST(reduction=4), "none", silent=key_bias),
     "lst-one": Case(gl.LST(reduction=2, layers=-1, init="fisher"), "none", silent=key_bias),
     "attention-fusion": Case(gl.AttentionFusion(), "none"),
+    "lets": Case(gl.LeTS(hidden=3), "near", 1.0),
+    "lets-one": Case(gl.LeTS(keep=0.3).on(layers=-1), "near", 1.0),
     "adapter-lora": Case(gl.Adapter(r=3) + gl.LoRA(r=2, targets=("q", "ffn.out")), "near", 1e-3),
 }
 

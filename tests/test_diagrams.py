@@ -44,7 +44,7 @@ EXPECTED = {  # method -> the places that its paper speaks of
     "AdapterDrop": {2},
     "AdaMix": {2},
     **dict.fromkeys(gl.METHODS["soft prompts"], {3}),
-    **dict.fromkeys(("LST", "AttentionFusion"), {4}),
+    **dict.fromkeys(("LST", "AttentionFusion", "LeTS"), {4}),
 }
 
 

@@ -601,6 +601,7 @@ COMPILED = [  # every method, in as few graphs as their places allow
     gl.WARP(length=2) + gl.SPoT(length=2) + gl.IPT(length=2),
     gl.LST(reduction=4),
     gl.AttentionFusion(),
+    gl.LeTS(),
     gl.LatePromptTuning(length=2) + gl.LatePromptTuning(length=2, bottleneck=2),
     gl.QLoRA(r=2),
     gl.QLoRA(r=2) + gl.IntrinsicSAID(d=50).on(layers=0),

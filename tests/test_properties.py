@@ -129,7 +129,7 @@ FIELDS = {
     "r": st.integers(1, 3), "alpha": positive, "s": positive, "d": st.integers(1, 900),
     "dropout": share, "warmup": share, "final": share, "keep": share, "gamma": share, "consistency": share,
     "regularization": share, "beta1": st.just(0.5), "beta2": st.just(0.9), "interval": st.integers(1, 2),
-    "target_r": st.integers(1, 2), "restarts": st.integers(0, 2), "tasks": st.integers(1, 3),
+    "target_r": st.integers(1, 2), "cost": share, "restarts": st.integers(0, 2), "tasks": st.integers(1, 3),
     "experts": st.integers(1, 3), "adapters": st.integers(2, 3), "seed": st.integers(0, 3),
     "shape": st.sampled_from((None, (1, 2), (2, 1), (2, 2), (4, 3))), "block": st.sampled_from((2, 6, 64)),
     "form": st.sampled_from(("add", "multiply")), "projection": st.sampled_from(("fastfood", "dense")),

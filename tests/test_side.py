@@ -29,6 +29,7 @@ METHODS = {
     "lst": gl.LST(reduction=4),
     "lst-random": gl.LST(reduction=2, layers=0, init="random"),
     "fusion": gl.AttentionFusion(),
+    "lets": gl.LeTS(),
 }
 
 

@@ -2,8 +2,8 @@
 
 The body of each stack runs without a graph, so nothing of it is kept for the backward pass, however wide or
 deep it is.  What its blocks give is noted on the way: of block l the states h_l (B, T, d), before the norm
-that closes the stack.  A network makes the final state of them, and what follows (head, pooler, language
-model's head) reads that.
+that closes the stack, and where the network asks for it what a linear map within is given.  A network makes
+the final state of them, and what follows (head, pooler, language model's head) reads that.
 
 An encoder's network may have a width of its own.  Its state travels behind the backbone's, in the same tensor
 (B, T, d + w), so that beams and caches of encoder outputs carry it along; the decoder gets the d numbers that
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from guidelib.core.anatomy import Anatomy, Body
+from guidelib.core.anatomy import Anatomy, Body, sites_in
 from guidelib.core.method import Method, expect
 from guidelib.core.points import passes
 from guidelib.core.points.context import arguments, cache_in
@@ -36,12 +36,14 @@ OPEN = "open"  # a note: the backbone runs as it would alone, with a graph and w
 
 
 class SideNetwork(nn.Module):
-    """What stands beside one stack.  ``layers``: the blocks whose states it reads.
+    """What stands beside one stack.
 
-    A subclass fills in ``forward``.
+    layers: the blocks whose states it reads.  inputs: the maps whose input it reads, (layer, role).  A
+    subclass fills in ``forward``.
     """
 
     layers: tuple[int, ...]
+    inputs: tuple[tuple[int, str], ...] = ()
 
     def forward(self, trail: Trail) -> torch.Tensor:
         """The final state (B, T, d) or, where a decoder's network reads it, (B, T, w)."""
@@ -52,8 +54,9 @@ class SideNetwork(nn.Module):
 class Trail:
     """What one pass through a stack has left for its network, outside of any graph.
 
-    entered: what the first block was given, (B, T, d).  states: h_l by layer.  given: what else that block
-    was called with, by name.  memory: in a decoder, what the encoder's network has made.
+    entered: what the first block was given, (B, T, d).  states: h_l by layer.  inputs: what a map was given,
+    (B, T, d_in), by layer and role.  given: what else a block was called with, by name.  memory: in a
+    decoder, what the encoder's network has made.
     """
 
     body: Body
@@ -62,6 +65,7 @@ class Trail:
     memory: torch.Tensor | None = None
     entered: torch.Tensor | None = None
     states: dict[int, torch.Tensor] = field(default_factory=dict)
+    inputs: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
     given: dict[int, dict[str, Any]] = field(default_factory=dict)
     pool: tuple[Call, tuple[Any, ...]] | None = None  # what a pooler has been asked for
 
@@ -91,6 +95,13 @@ class SidePart(Part):
         self._arguments = {
             module: arguments(module) for body in self._bodies for module in (body.module, *body.blocks)
         }
+        self._maps = {
+            site.module: (layer, site.role)
+            for stack, network in networks.items()
+            for layer in {layer for layer, _ in network.inputs}
+            for site in sites_in(bodies[stack].blocks[layer], bodies[stack].names)
+            if (layer, site.role) in network.inputs
+        }
         poolers = [getattr(body.module, "pooler", None) for body in self._bodies]
         self._poolers = tuple(pooler for pooler in poolers if isinstance(pooler, nn.Module))
         behind = {module for pooler in self._poolers for module in pooler.modules()}
@@ -101,6 +112,8 @@ class SidePart(Part):
             self.around(body.module, self._run)
             for block in body.blocks:
                 self.around(block, self._step)
+        for module in self._maps:
+            self.hook(module, self._read, before=True)
         for pooler in self._poolers:
             self.around(pooler, self._pool)
         self._rest()
@@ -174,6 +187,12 @@ class SidePart(Part):
             trail.states[layer] = trail.read(output[0] if isinstance(output, tuple) else output)
             trail.given[layer] = given
         return output
+
+    def _read(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Before a map that the network reads: the trail gets what it is given."""
+        trail = passes.notes().get(self)
+        if trail is not None:
+            trail.inputs[self._maps[module]] = trail.read(args[0])
 
     def _pool(self, call: Call, states: torch.Tensor, *rest: Any) -> torch.Tensor:
         """Around a pooler, which stands in the body and may be trained: it waits for the network's state."""
