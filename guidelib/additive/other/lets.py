@@ -58,7 +58,7 @@ class LeTS(Method):
 
     keep: float = 0.1
     hidden: int | None = None
-    cost: float = 0.01
+    cost: float = 0.05
 
     def __post_init__(self):
         share = _finite(self.keep) and 0 < self.keep <= 1
@@ -181,19 +181,19 @@ class Shared(SideNetwork):
         nn.init.ones_(self.b[m : 2 * m])  # nothing is forgotten at first
 
     def forward(self, trail: Trail) -> torch.Tensor:
-        gates = self.shares()
-        s = c = trail.entered.new_zeros(*trail.entered.shape[:-1], self.U.shape[1])
-        for layer in self.layers:
-            u = h = trail.states[layer]
-            if str(layer) in self.own:
-                u = h + self.own[str(layer)](trail.inputs[layer, ROLE], gates[str(layer)])
-            rms = torch.linalg.vector_norm(h, dim=-1, keepdim=True) / h.shape[-1] ** 0.5
-            rms = rms.clamp(min=1e-6)
-            z = F.linear(u / rms, self.W, self.b) + F.linear(s, self.V)
-            enter, forget, leave, new = z.chunk(4, -1)
-            c = torch.sigmoid(forget) * c + torch.sigmoid(enter) * torch.tanh(new)
-            s = torch.sigmoid(leave) * torch.tanh(c)
-        return trail.close(u + rms * F.linear(s, self.U))
+        h = torch.stack([trail.states[layer] for layer in self.layers])  # (L, B, T, d)
+        r = (torch.linalg.vector_norm(h, dim=-1, keepdim=True) / h.shape[-1] ** 0.5).clamp(min=1e-6)
+        u, gates = [*h], self.shares()
+        for layer, own in ((int(layer), own) for layer, own in self.own.items()):
+            u[layer] = u[layer] + own(trail.inputs[layer, ROLE], gates[str(layer)])
+        m = self.U.shape[1]
+        s = c = h.new_zeros(*h.shape[1:-1], m)
+        for z in F.linear(torch.stack(u) / r, self.W, self.b):  # the states' part, of all layers at once
+            z = z + F.linear(s, self.V)
+            enter, forget, leave = torch.sigmoid(z[..., : 3 * m]).chunk(3, -1)
+            c = forget * c + enter * torch.tanh(z[..., 3 * m :])
+            s = leave * torch.tanh(c)
+        return trail.close(u[-1] + r[-1] * F.linear(s, self.U))
 
     def shares(self) -> dict[str, torch.Tensor | float]:
         """g of each layer that may have a part of its own."""
