@@ -116,6 +116,8 @@ METHOD_CASES = {
     "ia3-lora": Case(gl.IA3(targets=("v", "ffn")) + gl.LoRA(r=2, targets=("v", "ffn.out"))),
     "lst": Case(gl.LST(reduction=4), "none", silent=key_bias),
     "lst-one": Case(gl.LST(reduction=2, layers=-1, init="fisher"), "none", silent=key_bias),
+    "fishmask": Case(gl.FishMask(keep=0.01)),
+    "fishmask-ffn": Case(gl.FishMask(keep=0.25, targets="ffn", score="magnitude")),
     "attention-fusion": Case(gl.AttentionFusion(), "none"),
     "lets": Case(gl.LeTS(hidden=3), "near", 1.0),
     "lets-one": Case(gl.LeTS(keep=0.3).on(layers=-1), "near", 1.0),

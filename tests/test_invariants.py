@@ -546,10 +546,11 @@ TERMS = {
     "added FLoRA": gl.FLoRA(r=2, form="add"),
     "ReLoRA": gl.ReLoRA(r=2),
     "IA3": gl.IA3(("q", "v")),
+    "FishMask": gl.FishMask(keep=0.01),
     "full": gl.FullFineTuning(),
     "adapter": gl.ParallelAdapter(r=2),
 }
-READING = {"DoRA", "GLoRA", "FLoRA"}
+READING, INSIDE = {"DoRA", "GLoRA", "FLoRA"}, {"SAID", "FishMask"}
 
 
 def refused(first, second):
@@ -559,8 +560,8 @@ def refused(first, second):
     if second in ("NF4", "ReLoRA"):
         return "must stand first" if first not in ("full", "adapter", "IA3") else None
     if second in READING:
-        return "must stand first" if first not in ("SAID", "NF4", "full", "adapter", "IA3") else None
-    return "must stand before" if second == "SAID" and first in READING else None
+        return "must stand first" if first not in (*INSIDE, "NF4", "full", "adapter", "IA3") else None
+    return "must stand before" if second in INSIDE and first in READING else None
 
 
 @pytest.mark.parametrize("backbone", ["tiny-bert", "tiny-gpt2"])
@@ -598,6 +599,7 @@ COMPILED = [  # every method, in as few graphs as their places allow
     + gl.Adapter(r=2) + SMALL + gl.ParallelAdapter(r=2) + gl.AdapterFusion(2, SMALL)
     + gl.AdapterDrop(SMALL, 0) + gl.AdaMix(r=2) + gl.PromptTuning(length=2) + gl.PTuning(length=2)
     + gl.PrefixTuning(length=2, mlp=4) + gl.IA3(),
+    gl.FishMask(keep=0.01) + gl.FishMask(keep=0.5, targets="ffn"),
     gl.WARP(length=2) + gl.SPoT(length=2) + gl.IPT(length=2),
     gl.LST(reduction=4),
     gl.AttentionFusion(),

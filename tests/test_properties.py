@@ -25,9 +25,11 @@ from guidelib.additive.adapters.linear import INITS
 from guidelib.core.anatomy import ATTENTION_NAMES, SUBLAYER_NAMES
 from guidelib.core.architectures import ARCHITECTURES, TARGET_NAMES
 from guidelib.core.method import Method
+from guidelib.core.points.sparse_delta import Sparse
 from guidelib.core.points.sublayer import POINTS
 from guidelib.materials.backbones import MeanPoolClassifier
 from guidelib.reparametrization.glora import FORMS
+from guidelib.selective.fish_mask import SCORES
 
 EXAMPLES, SEED = (int(os.environ.get(f"GUIDELIB_{name}", n)) for name, n in (("EXAMPLES", 400), ("SEED", 0)))
 
@@ -141,6 +143,7 @@ FIELDS = {
     "encoder": st.sampled_from(("lstm", "mlp")), "attentions": st.sampled_from(ATTENTION_NAMES),
     **dict.fromkeys(("hidden", "mlp", "bottleneck"), st.none() | st.integers(1, 4)),
     "mask": st.none() | st.integers(2, 19), "layer": st.none() | st.integers(1, 2),
+    "score": st.sampled_from(SCORES), "samples": st.integers(1, 4),
     "sources": st.just(()), "weights": st.none(), "space": st.none(),
     **{name: st.sampled_from(forms) for name, forms in FORMS.items()},
     **dict.fromkeys(("rank_stabilized", "freeze_A", "double", "scales", "norms", "original_norm"), seldom),
@@ -154,6 +157,8 @@ def single(draw, name: str) -> Method:
     """One with random hyper-parameters of those that its class accepts."""
     kind = getattr(gl, name)
     fields = FIELDS | {"adapter": single("PfeifferAdapter")}
+    if issubclass(kind, Sparse):
+        fields |= {"targets": st.none() | FIELDS["targets"], "keep": st.sampled_from((0.01, 0.2, 1.0))}
     arguments = {field.name: draw(fields[field.name]) for field in dataclasses.fields(kind)}
     if arguments.get("form") == "multiply":
         arguments["alpha"] = None

@@ -28,7 +28,7 @@ from guidelib.core.method import Method, Spec, expect
 from guidelib.core.points.choice import Choosing
 from guidelib.core.points.part import Part, copied, put
 from guidelib.core.points.passes import noted, remember
-from guidelib.core.values import mode_of
+from guidelib.core.values import has_values, mode_of
 
 CARRIED = "_guidelib_attachment"  # of every module of the model: the attachment that it belongs to
 
@@ -490,11 +490,22 @@ def _check_closed(model: PreTrainedModel, parts: list[Part]) -> None:
 
 def _changed(parts: list[Part]) -> int:
     """How many entries of the effective model the parts can make differ from the base, each counted once."""
-    entries: dict[int, dict[Any, int]] = {}  # of each parameter, by rows
+    whole: dict[int, dict[Any, int]] = {}  # of each parameter, by rows
+    few: dict[int, list[torch.Tensor]] = {}
     for part in parts:
         for (parameter, rows), n in part.places.items():
-            entries.setdefault(parameter, {})[rows] = n
-    return sum(by_rows.get(None) or sum(by_rows.values()) for by_rows in entries.values())
+            by_rows = whole.setdefault(parameter, {})
+            if isinstance(n, torch.Tensor):
+                few.setdefault(parameter, []).append(n)
+            else:
+                by_rows[rows] = max(n, by_rows.get(rows, 0))
+    total = 0
+    for parameter, by_rows in whole.items():
+        chosen = [tensor for tensor in few.get(parameter, ()) if not by_rows.get(None)]
+        if len(chosen) > 1 and all(map(has_values, chosen)):
+            chosen = [torch.cat(chosen).unique()]
+        total += by_rows.get(None) or sum(by_rows.values()) + sum(map(len, chosen))
+    return total
 
 
 @contextmanager

@@ -88,9 +88,9 @@ class Part(nn.Module):
         return self.name
 
     @property
-    def places(self) -> Mapping[Place, int]:
+    def places(self) -> Mapping[Place, int | torch.Tensor]:
         """What it changes, and how many entries of the effective model it can make differ from the base
-        there.  What is also trained in place is counted there."""
+        there, or which ones of a whole parameter.  What is also trained in place is counted there."""
         return {(id(self), None): sum(parameter.numel() for parameter in self.parameters())}
 
 

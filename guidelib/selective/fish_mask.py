@@ -1,0 +1,108 @@
+"""FishMask - train the entries that carry the most Fisher information.  Sung, Nair and Raffel 2021,
+arXiv:2111.09839, section 3.
+
+    F_j = 1/N sum_i E_{y ~ p(y | x_i)} (d log p(y | x_i) / d theta_j)^2        the k largest are trained
+
+The gradient is that of one example, and it is squared before the mean is taken.  The square of a batch's
+gradient is something else: gradients that point apart cancel there.
+
+count = k = keep * D of D entries.  Stored: k values and k indices.  Merges exactly.
+
+The mask is chosen once, in evaluation mode and with the head as it stands then.  The authors take the head's
+size off k; here it is counted apart, as for every method.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from guidelib.core.method import Attached, expect
+from guidelib.core.points.sparse_delta import Sparse
+
+SCORES = ("expected", "empirical", "magnitude", "random")
+Example = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class FishMask(Sparse):
+    """Train the share ``keep`` of the entries with the highest scores, taken over all parameters.
+
+    score: "expected" takes the mean over the labels that the model itself expects: exactly over the classes,
+    and for each token over one label that is drawn.  "empirical" takes the label of the data.  Two baselines
+    need no data: "magnitude", |theta|, and "random".  samples: how many examples are looked at.
+    """
+
+    score: str = "expected"
+    samples: int = 1024
+
+    def __post_init__(self):
+        super().__post_init__()
+        expect(self.score in SCORES, "score", self.score, f"one of {', '.join(SCORES)}")
+        whole = type(self.samples) is int and self.samples >= 1
+        expect(whole, "samples", self.samples, "a whole number of at least 1")
+
+    def prepare(self, attachment: Attached, batches: Iterable[Example]) -> None:
+        part = self.part(attachment)
+        if part.trained or self.score == "random":
+            return
+        if self.score == "magnitude":
+            part.choose(p.detach().abs() for p in part.chosen_from)
+            return
+        model, training = attachment.model, attachment.model.training
+        examples = itertools.islice(singles(batches, model.device), self.samples)
+        part.open()
+        try:
+            scores = fisher(model.eval(), [*part.dense], examples, self.score == "expected")
+        finally:
+            part.close()
+            model.train(training)
+        part.choose(scores)
+
+
+def singles(batches: Iterable[Example], device: torch.device) -> Iterator[Example]:
+    """The examples of the batches, as batches of one."""
+    for batch in batches:
+        for i in range(len(next(iter(batch.values())))):
+            yield {name: rows[i : i + 1].to(device) for name, rows in batch.items()}
+
+
+def fisher(
+    model: nn.Module, parameters: Sequence[torch.Tensor], examples: Iterable[Example], expected: bool
+) -> list[torch.Tensor]:
+    """The diagonal of the Fisher information of ``parameters``, as the mean over ``examples``."""
+    total, seen = [torch.zeros_like(p) for p in parameters], 0
+    generator = torch.Generator().manual_seed(0)
+    for example in examples:
+        seen += 1
+        terms = _log_likelihoods(model(**example), example, expected, generator)
+        for i, (probability, value) in enumerate(terms, 1):
+            gradients = torch.autograd.grad(
+                value, parameters, retain_graph=i < len(terms), materialize_grads=True, allow_unused=True
+            )
+            for sum_, gradient in zip(total, gradients, strict=True):
+                sum_.addcmul_(gradient, gradient, value=probability)
+    return [sum_ / max(seen, 1) for sum_ in total]
+
+
+def _log_likelihoods(
+    outputs, example: Example, expected: bool, generator: torch.Generator
+) -> list[tuple[float, torch.Tensor]]:
+    """Labels' probabilities and log-likelihoods.  Of tokens it is the mean; of an example without labels the
+    sum of the first output stands in for it."""
+    if "labels" not in example:
+        return [(1.0, outputs[0].sum())]
+    if not expected:
+        return [(1.0, -outputs.loss)]
+    logits = outputs.logits
+    if logits.dim() == 2:
+        of_classes = logits[0].log_softmax(-1)
+        return [(float(value.detach().exp()), value) for value in of_classes]
+    logits = logits[example["labels"] != -100]
+    drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)
+    return [(1.0, -F.cross_entropy(logits, drawn[:, 0].to(logits.device)))]
