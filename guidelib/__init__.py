@@ -55,6 +55,7 @@ _MODULES = {
     "guidelib.reparametrization.said": ("IntrinsicSAID",),
     "guidelib.selective.anchors": ("FullFineTuning", "HeadOnly"),
     "guidelib.selective.fish_mask": ("FishMask",),
+    "guidelib.selective.lt_sft": ("LTSFT", "load_deltas"),
     "guidelib.materials.tasks": ("Task", "load_task"),
     "guidelib.training.checkpointing": ("checkpointing",),
     "guidelib.training.fit": ("evaluate", "fit"),
@@ -84,7 +85,7 @@ METHODS = {  # by the survey's classes; the anchors belong to none
     ),
     "soft prompts": ("PromptTuning", "WARP", "PTuning", "SPoT", "PrefixTuning", "IPT", "LatePromptTuning"),
     "other additive": ("IA3", "LST", "AttentionFusion", "LeTS"),
-    "selective": ("FishMask",),
+    "selective": ("FishMask", "LTSFT"),
     "reparametrization": (
         *("LoRA", "AdaLoRA", "DoRA", "GLoRA", "ReLoRA", "QLoRA", "FLoRA", "KronA", "IntrinsicSAID"),
     ),

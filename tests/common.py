@@ -118,6 +118,7 @@ METHOD_CASES = {
     "lst-one": Case(gl.LST(reduction=2, layers=-1, init="fisher"), "none", silent=key_bias),
     "fishmask": Case(gl.FishMask(keep=0.01)),
     "fishmask-ffn": Case(gl.FishMask(keep=0.25, targets="ffn", score="magnitude")),
+    "lt-sft": Case(gl.LTSFT(keep=0.02)),
     "attention-fusion": Case(gl.AttentionFusion(), "none"),
     "lets": Case(gl.LeTS(hidden=3), "near", 1.0),
     "lets-one": Case(gl.LeTS(keep=0.3).on(layers=-1), "near", 1.0),

@@ -143,7 +143,7 @@ FIELDS = {
     "encoder": st.sampled_from(("lstm", "mlp")), "attentions": st.sampled_from(ATTENTION_NAMES),
     **dict.fromkeys(("hidden", "mlp", "bottleneck"), st.none() | st.integers(1, 4)),
     "mask": st.none() | st.integers(2, 19), "layer": st.none() | st.integers(1, 2),
-    "score": st.sampled_from(SCORES), "samples": st.integers(1, 4),
+    "first": st.sampled_from((0.1, 0.5)), "score": st.sampled_from(SCORES), "samples": st.integers(1, 4),
     "sources": st.just(()), "weights": st.none(), "space": st.none(),
     **{name: st.sampled_from(forms) for name, forms in FORMS.items()},
     **dict.fromkeys(("rank_stabilized", "freeze_A", "double", "scales", "norms", "original_norm"), seldom),

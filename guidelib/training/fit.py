@@ -126,8 +126,7 @@ def fit(
         pass  # if it cannot be, that is said before anything is done
     attachment.method.prepare(attachment, DataLoader(data, batch_size=batch_size, collate_fn=collate))
 
-    own = attachment.method.rewrites(attachment.anatomy)
-    before = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad or n in own}
+    before = {n: t.cpu().clone() for n, t in attachment.state().items() if t.is_floating_point()}
     steps = math.ceil(epochs * math.ceil(len(data) / batch_size))
     optimizer = _optimizer(attachment, lr, lr if head_lr is None else head_lr, weight_decay)
     phases = _Phases(attachment, steps, progress)
@@ -327,10 +326,11 @@ class _Copies(dict[nn.Parameter, nn.Parameter]):
         parameters: to the length ``longest``, taken together."""
         for group in optimizer.param_groups:
             group["params"] = [self.get(p, p) for p in group["params"]]
-        moved = [p for group in optimizer.param_groups for p in group["params"]]
 
         def clip(*_) -> None:
-            nn.utils.clip_grad_norm_(moved, longest)
+            nn.utils.clip_grad_norm_(
+                [p for group in optimizer.param_groups for p in group["params"]], longest
+            )
 
         optimizer.register_step_pre_hook(clip)
 
@@ -428,4 +428,20 @@ class _Phases(TrainerCallback):
         self.attachment.method.after_step(self.attachment, step, state.max_steps, optimizer)
         for p in moments:
             del optimizer.state[p]
+        self.exchange(optimizer)
         self.bar.update()
+
+    def exchange(self, optimizer: torch.optim.Optimizer) -> None:
+        """Hand over what a method trains from now on, and let go of what it no longer does."""
+        trained = [p for p in self.attachment.model.parameters() if p.requires_grad]
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        new = [p for p in trained if self.copies.get(p, p) not in held]
+        for p in self.copies.keys() - {*trained}:
+            del self.copies[p]
+        self.copies.update(_Copies(new))
+        gone = held - {self.copies.get(p, p) for p in trained}
+        for group in optimizer.param_groups if new or gone else ():
+            group["params"] = [p for p in group["params"] if p not in gone]
+        for p in gone:
+            optimizer.state.pop(p, None)
+        optimizer.param_groups[0]["params"] += [self.copies.get(p, p) for p in new]

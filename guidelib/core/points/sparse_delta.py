@@ -81,7 +81,7 @@ class SparseDelta(WeightSpacePart):
     parameter, in the order of ``parameters``.
 
     dense: while it is open, all entries are trained in the place of the few, to see which ones matter; None
-    otherwise.
+    otherwise.  start: what else a method gives back when it closes, by name; it is not saved.
     """
 
     def __init__(
@@ -113,6 +113,7 @@ class SparseDelta(WeightSpacePart):
         self.register_buffer("indices", indices.to(device=first.device, dtype=torch.int32))
         self.register_buffer("sizes", torch.tensor(sizes, dtype=torch.int32, device=first.device))
         self.dense: nn.ParameterList | None = None
+        self.start: dict[str, torch.Tensor] = {}
         self._divide(sizes)
         if any(name.startswith("dense.") for name in stored):  # of a training that was broken off
             self.open()
@@ -205,18 +206,23 @@ class SparseDelta(WeightSpacePart):
 
     @torch.no_grad()
     def choose(self, scores: Iterable[torch.Tensor]) -> torch.Tensor:
-        """Let the support be the k entries of the highest scores, a tensor for each parameter, and set the
-        values to zero.  Returns their places where all parameters are laid end to end."""
+        """Let the support be the k entries of the highest scores, a tensor for each parameter.  Returns their
+        places where all parameters are laid end to end."""
         flat = torch.cat([score.flatten() for score in scores])
         chosen = flat.topk(self.k, sorted=False).indices.sort().values
         numels = torch.tensor(self._numels, device=chosen.device)
         ends = numels.cumsum(0)
         sizes = torch.searchsorted(chosen, ends).diff(prepend=ends.new_zeros(1))
+        self.support(chosen - (ends - numels).repeat_interleave(sizes), sizes)
+        return chosen
+
+    @torch.no_grad()
+    def support(self, indices: torch.Tensor, sizes: torch.Tensor) -> None:
+        """Let the k ``indices`` be the support, ``sizes`` of them in each parameter, and the values zero."""
         self.values.zero_()
-        self.indices.copy_(chosen - (ends - numels).repeat_interleave(sizes))
+        self.indices.copy_(indices)
         self.sizes.copy_(sizes)
         self._divide(sizes.tolist())
-        return chosen
 
 
 def _spread(n: int, size: int, device: str) -> torch.Tensor:
