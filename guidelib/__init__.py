@@ -54,6 +54,7 @@ _MODULES = {
     "guidelib.reparametrization.relora": ("ReLoRA",),
     "guidelib.reparametrization.said": ("IntrinsicSAID",),
     "guidelib.selective.anchors": ("FullFineTuning", "HeadOnly"),
+    "guidelib.selective.far": ("FAR",),
     "guidelib.selective.fish_mask": ("FishMask",),
     "guidelib.selective.lt_sft": ("LTSFT", "load_deltas"),
     "guidelib.materials.tasks": ("Task", "load_task"),
@@ -85,7 +86,7 @@ METHODS = {  # by the survey's classes; the anchors belong to none
     ),
     "soft prompts": ("PromptTuning", "WARP", "PTuning", "SPoT", "PrefixTuning", "IPT", "LatePromptTuning"),
     "other additive": ("IA3", "LST", "AttentionFusion", "LeTS"),
-    "selective": ("FishMask", "LTSFT"),
+    "selective": ("FishMask", "LTSFT", "FAR"),
     "reparametrization": (
         *("LoRA", "AdaLoRA", "DoRA", "GLoRA", "ReLoRA", "QLoRA", "FLoRA", "KronA", "IntrinsicSAID"),
     ),

@@ -119,6 +119,10 @@ METHOD_CASES = {
     "fishmask": Case(gl.FishMask(keep=0.01)),
     "fishmask-ffn": Case(gl.FishMask(keep=0.25, targets="ffn", score="magnitude")),
     "lt-sft": Case(gl.LTSFT(keep=0.02)),
+    "far": Case(gl.FAR(keep=0.2)),
+    "far-all": Case(
+        gl.FAR(keep=0.5, targets="all"), silent=lambda name: "_k." in name and name.endswith(".1")
+    ),
     "attention-fusion": Case(gl.AttentionFusion(), "none"),
     "lets": Case(gl.LeTS(hidden=3), "near", 1.0),
     "lets-one": Case(gl.LeTS(keep=0.3).on(layers=-1), "near", 1.0),

@@ -50,6 +50,8 @@ METHODS = {  # without what a method adds to the loss, which is not in the close
     "fusion of identity": gl.AdapterFusion(2, gl.PfeifferAdapter(r=3, activation="identity"), 0),
     "fusion with the norm": gl.AdapterFusion(2, gl.PfeifferAdapter(r=4, original_norm=True), 0),
     "fusion above lora": gl.LoRA(r=2) + gl.AdapterFusion(2, gl.PfeifferAdapter(r=4), 0),
+    "far": gl.FAR(keep=0.25),
+    "far everywhere": gl.FAR(keep=0.5, targets="all"),
     "adapters at one place": gl.Adapter(r=3) + gl.ParallelAdapter(r=2) + gl.PfeifferAdapter(r=2),
     "adapter and lora": gl.ParallelAdapter(r=3, sublayers="self") + gl.LoRA(r=2, targets="all"),
 }

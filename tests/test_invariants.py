@@ -599,7 +599,8 @@ COMPILED = [  # every method, in as few graphs as their places allow
     + gl.Adapter(r=2) + SMALL + gl.ParallelAdapter(r=2) + gl.AdapterFusion(2, SMALL)
     + gl.AdapterDrop(SMALL, 0) + gl.AdaMix(r=2) + gl.PromptTuning(length=2) + gl.PTuning(length=2)
     + gl.PrefixTuning(length=2, mlp=4) + gl.IA3(),
-    gl.FishMask(keep=0.01) + gl.LTSFT(keep=0.5, targets="ffn"),
+    gl.FishMask(keep=0.01) + gl.LTSFT(keep=0.5, targets="ffn")
+    + gl.FAR(targets="o"),
     gl.WARP(length=2) + gl.SPoT(length=2) + gl.IPT(length=2),
     gl.LST(reduction=4),
     gl.AttentionFusion(),

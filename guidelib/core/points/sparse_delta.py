@@ -53,7 +53,10 @@ class Sparse(Method):
             self.several("targets")
 
     def parts(self, anatomy: Anatomy, saved: Mapping[str, torch.Tensor]) -> list[Part]:
-        return [SparseDelta(self, anatomy.model, self.choices(anatomy), self.keep, saved)]
+        part = SparseDelta(self, anatomy.model, self.choices(anatomy), self.keep, saved)
+        if part.open_in(saved):
+            part.open()
+        return [part]
 
     def choices(self, anatomy: Anatomy) -> dict[str, nn.Parameter]:
         """The parameters to choose entries from, by name."""
@@ -108,15 +111,17 @@ class SparseDelta(WeightSpacePart):
             sizes = [end - start for start, end in pairwise(ends)]
             device = "meta" if first.is_meta else "cpu"
             pairs = zip(sizes, self._numels, strict=True)
-            indices = torch.cat([_spread(n, size, device) for n, size in pairs])
+            indices = torch.cat([spread(n, size, device) for n, size in pairs])
         self.values = nn.Parameter(torch.zeros(k, **like))
         self.register_buffer("indices", indices.to(device=first.device, dtype=torch.int32))
         self.register_buffer("sizes", torch.tensor(sizes, dtype=torch.int32, device=first.device))
         self.dense: nn.ParameterList | None = None
         self.start: dict[str, torch.Tensor] = {}
         self._divide(sizes)
-        if any(name.startswith("dense.") for name in stored):  # of a training that was broken off
-            self.open()
+
+    def open_in(self, saved: Mapping[str, torch.Tensor]) -> bool:
+        """Whether it is open in a file, of a training that was broken off."""
+        return f"{ADDED}.{self.name}.dense.0" in saved
 
     def _expect_support(self, k: int, sizes: list[int], indices: torch.Tensor) -> None:
         right = len(sizes) == len(self._numels) and sum(sizes) == k and indices.shape == (k,)
@@ -225,7 +230,7 @@ class SparseDelta(WeightSpacePart):
         self._divide(sizes.tolist())
 
 
-def _spread(n: int, size: int, device: str) -> torch.Tensor:
+def spread(n: int, size: int, device: str) -> torch.Tensor:
     """n random places of ``size``: one in each of n equal stretches."""
     like = {"dtype": torch.float64, "device": device}
     edges = (torch.arange(n + 1, **like) * size / max(n, 1)).floor()
