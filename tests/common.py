@@ -44,6 +44,10 @@ def key_bias(name: str) -> bool:
     return name.endswith(("key.bias", "k_lin.bias", "k_proj.bias"))
 
 
+def added_key_bias(name: str) -> bool:
+    return key_bias(name) or name.endswith("_k.b")
+
+
 def fusion_key_bias(name: str) -> bool:
     """It adds the same number to the scores of all adapters."""
     return key_bias(name) or name.endswith("K.bias")
@@ -52,10 +56,21 @@ def fusion_key_bias(name: str) -> bool:
 SMALL = gl.PfeifferAdapter(r=4)
 NO_NORM_BEHIND = {name: "no norm behind" for name in (*DECODERS, "tiny-t5-random", "tiny-t5v1-random")}
 NO_HEAD = {name: "no task head" for name in DECODERS + SEQ2SEQ}
+NO_CROSS = {name: "'cross' is not in this" for name in ENCODERS + DECODERS}
+NO_BIASES = {name: "have no biases" for name in ("tiny-llama", "tiny-t5-random", "tiny-t5v1-random")}
 NO_CLASSES = {name: "an encoder with a task head" for name in DECODERS + SEQ2SEQ}
 METHOD_CASES = {
     "full": Case(gl.FullFineTuning(), silent=key_bias),
     "head": Case(gl.HeadOnly(), refuses=NO_HEAD),
+    "bitfit": Case(gl.BitFit(), refuses=NO_BIASES, silent=key_bias),
+    "bitfit-subset": Case(
+        gl.BitFit(only=("q", "ffn.in")), refuses=NO_BIASES | {"tiny-gpt2": "that of decoder.0.self.k as well"}
+    ),
+    "bitfit-add": Case(gl.BitFit(add=True), silent=added_key_bias),
+    "norms": Case(gl.NormTuning()),
+    "cross-attention": Case(gl.CrossAttentionTuning(), refuses=NO_CROSS, silent=key_bias),
+    "self-attention": Case(gl.CrossAttentionTuning("self", norms=False), silent=key_bias),
+    "attention": Case(gl.CrossAttentionTuning("attn"), silent=key_bias),
     "lora": Case(gl.LoRA(r=4, alpha=8)),
     "lora-all": Case(gl.LoRA(r=2, targets="all")),
     "rslora": Case(gl.LoRA(r=4, alpha=8, rank_stabilized=True)),

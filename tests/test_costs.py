@@ -28,6 +28,10 @@ from guidelib.reparametrization import nf4
 METHODS = {  # without what a method adds to the loss, which is not in the closed form
     "full": gl.FullFineTuning(),
     "head": gl.HeadOnly(),
+    "biases": gl.BitFit(),
+    "biases of the paper's subset": gl.BitFit(only=("q", "ffn.in")),
+    "norms": gl.NormTuning(),
+    "attention": gl.CrossAttentionTuning("self"),
     "lora q, v": gl.LoRA(r=4),
     "lora all": gl.LoRA(r=2, targets="all"),
     "lora on the last layer": gl.LoRA(r=3, targets="all").on(layers=-1),

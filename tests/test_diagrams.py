@@ -35,7 +35,7 @@ def lit(output):
 
 
 EXPECTED = {  # method -> the places that its paper speaks of
-    "FullFineTuning": {5},
+    **dict.fromkeys(("FullFineTuning", *gl.METHODS["selective"]), {5}),
     "HeadOnly": set(),
     "Adapter": {2, 5},  # Houlsby trains the norms as well
     "PfeifferAdapter": {2},
@@ -64,6 +64,11 @@ def test_what_is_lit_follows_from_the_hyper_parameters():
     )
     assert "in 1 of 12 blocks." in repr(gl.place(gl.LoRA().on(layers=0)))
     assert len(trained(gl.place("LoRA"))) == 2 and len(trained(gl.place(gl.LoRA(targets="all")))) == 6
+    assert "Trained in place: q, k, v, o and the norm behind them, in the cross-attention of every" in repr(
+        gl.place("CrossAttentionTuning")
+    )
+    assert "The biases of q, k, v, o, in, out and the norms, in every block." in repr(gl.place("BitFit"))
+    assert "The biases of q and in, in every block." in repr(gl.place(gl.BitFit(only=("q", "ffn.in"))))
     assert "Rebuilt from a smaller form: q, k, v, o, in and out; beside q" in repr(gl.place("QLoRA"))
 
 

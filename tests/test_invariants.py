@@ -605,6 +605,7 @@ COMPILED = [  # every method, in as few graphs as their places allow
     gl.LST(reduction=4),
     gl.AttentionFusion(),
     gl.LeTS(),
+    gl.BitFit(add=True) + gl.NormTuning() + gl.CrossAttentionTuning("self"),
     gl.LatePromptTuning(length=2) + gl.LatePromptTuning(length=2, bottleneck=2),
     gl.QLoRA(r=2),
     gl.QLoRA(r=2) + gl.IntrinsicSAID(d=50).on(layers=0),

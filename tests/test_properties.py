@@ -125,6 +125,7 @@ roles = st.lists(st.sampled_from(("q", "k", "v", "o", "ffn.in", "ffn.out")), min
 places = st.lists(st.sampled_from(("self", "ffn", "attn")), min_size=1, max_size=2)
 seldom = st.sampled_from((False, False, False, True))
 FIELDS = {
+    "only": st.just(()) | roles, "add": st.booleans(),
     "targets": st.just("all") | roles | roles | st.sampled_from(TARGET_NAMES),
     "inputs": st.just(("ffn.out",)) | st.sampled_from(((), "o", "ffn", "v")),
     "sublayers": places | places | st.sampled_from(SUBLAYER_NAMES),

@@ -296,19 +296,19 @@ class Anatomy:
         inside = {id(p) for _, _, block in self.blocks() for p in block.parameters()}
         return {name: p for name, p in parameters.items() if id(p) in inside}
 
-    def linears(self, targets: Targets = "all") -> list[Site]:
+    def linears(self, targets: Targets = "all", argument: str = "targets") -> list[Site]:
         """The linear maps that ``targets`` names, in order, each once.
 
         A target is a role (``q``, ``cross.v``, ``ffn.out`` ...) or a group (``attn``, ``self``, ``cross``,
         ``ffn``, ``all``).  Raises ValueError if one of them is unknown, or known but not in this model: a
-        misspelt name beside a good one is never passed over.
+        misspelt name beside a good one is never passed over.  ``argument`` is what the error calls them.
         """
         sites = (
             replace(site, stack=name, layer=layer)
             for name, layer, block in self.blocks()
             for site in sites_in(block, self.stacks[name])
         )
-        return self._choose("targets", targets, TARGET_NAMES, sites, _matches)
+        return self._choose(argument, targets, TARGET_NAMES, sites, _matches)
 
     def sublayers(self, names: Targets = ("attn", "ffn")) -> list[Sublayer]:
         """The sub-layers that ``names`` lists, in order: ``self``, ``cross``, ``attn`` (both), ``ffn``.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, BertLMHeadModel
 
 import guidelib
 from guidelib.core.attaching import Attachment, attach
@@ -27,7 +27,8 @@ WEIGHTS = {"self.q": "q", "self.k": "k", "self.v": "v", "self.o": "o", "ffn.in":
 SPOTS = {  # what can be lit -> how, and which place that is
     **dict.fromkeys(WEIGHTS.values(), {"beside": 1, "recomputed": 1, "trained": 5, "bias": 5}),
     **dict.fromkeys(("attention", "FFN"), {"behind": 2, "beside": 2}),
-    "norms": {"beside": 1, "trained": 5},
+    "norms": {"beside": 1, "trained": 5, "bias": 5},
+    "norm behind them": {"trained": 5},
     "context": {"added": 3},
     "keys and values": {"added": 3},
     "side network": {"added": 4},
@@ -76,15 +77,17 @@ Lit = list[tuple[str, str]]  # spots, each with how it is lit; one may be so in 
 
 
 def _lit(method: Method) -> tuple[Lit, str]:
-    """What the method lights, and in which of the blocks, on a BERT of 12 blocks without numbers."""
+    """What the method lights, and in which of the blocks, on a BERT of 12 blocks without numbers; one that
+    acts on nothing but cross-attention, on a BERT that has it."""
+    crossing = getattr(method, "attentions", None) == ("cross",)
     with torch.device("meta"):
-        model = BertForSequenceClassification(BertConfig(num_hidden_layers=DEPTH))
-        attachment = attach(model, method)
+        config = BertConfig(num_hidden_layers=DEPTH, is_decoder=crossing, add_cross_attention=crossing)
+        attachment = attach((BertLMHeadModel if crossing else BertForSequenceClassification)(config), method)
     found = [*map(_of_part, attachment.parts), *_of_selection(attachment)]
     lit = list(dict.fromkeys(pair for pairs, _ in found for pair in pairs))
     layers = set().union(*(at for _, at in found))
     if not layers or len(layers) == DEPTH:
-        return lit, ", in every block" if layers else ""
+        return lit, f", in {'the cross-attention of ' * crossing}every block" if layers else ""
     upper = sorted(layers) == list(range(min(layers), DEPTH))
     return lit, f", in {'the upper ' * upper}{len(layers)} of {DEPTH} blocks"
 
@@ -116,9 +119,13 @@ def _of_selection(attachment: Attachment) -> list[tuple[Lit, set[int]]]:
         weight, bias = site.module.weight, site.module.bias
         how = "trained" if weight.requires_grad else "bias" if bias.requires_grad else None
         if how:
-            found.append(([(WEIGHTS[site.role], how)], {site.layer}))
-    if any(p.requires_grad for p in attachment.anatomy.norms().values()):
-        found.append(([("norms", "trained")], set()))
+            found.append(([(WEIGHTS[site.role.replace("cross", "self")], how)], {site.layer}))
+    trained = {name: p for name, p in attachment.anatomy.norms().items() if p.requires_grad}
+    if trained:
+        behind = {id(p) for s in attachment.anatomy.sublayers("attn") for p in s.norm.parameters()}
+        spot = "norm behind them" if {id(p) for p in trained.values()} <= behind else "norms"
+        gains = trained.keys() - attachment.anatomy.biases().keys()
+        found.append(([(spot, "trained" if gains else "bias")], set()))
     return found
 
 
@@ -182,10 +189,12 @@ def _draw(lit: Lit, numbers: set[int], words: str) -> Diagram:
             d.line((middle, top + 66), (right + 13, top + 66), (right + 13, top + 50))
             d.arrow((right + 13, top + 10), (right + 13, plus), (middle + 9, plus))
 
-    def norm(top: float) -> None:
-        trained = ("norms", "trained") in lit
+    def norm(top: float, *spots: str) -> None:
+        trained = any((spot, "trained") in lit for spot in ("norms", *spots))
         d.box(left, top, right - left, 18, kind="trained" if trained else "frozen")
         d.text(middle, top + 9, "norm", size=12)
+        if ("norms", "bias") in lit:
+            d.box(left, top + 18, right - left, 5, kind="trained")
         if ("norms", "beside") in lit:
             d.box(right + 2, top, 8, 18, kind="trained")
             d.dot(right + 22, top + 9, "1", lit=True)
@@ -202,7 +211,7 @@ def _draw(lit: Lit, numbers: set[int], words: str) -> Diagram:
         d.arrow((right + 10, 265), (right, 265), kind="trained")
         d.dot(right + 23, 240, "3", lit=True)
     d.line((middle, 185), (middle, 178))
-    norm(160)
+    norm(160, "norm behind them")
     d.arrow((middle, 160), (middle, 142))
     sublayer(84, "FFN", ["in", "out"], 88)
     d.line((middle, 37), (middle, 30))

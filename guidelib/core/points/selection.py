@@ -17,7 +17,8 @@ from guidelib.core.points.part import Part
 
 @dataclass(frozen=True)
 class Selection(Method):
-    """Base of the methods that are a choice of parameters.  A subclass fills in ``select``."""
+    """Base of the methods that are a choice of parameters, made by what they are and never by a part of their
+    name.  A subclass fills in ``select``."""
 
     def select(self, anatomy: Anatomy) -> set[str]:
         """The names of the base parameters to train, without the task head (which every method trains)."""
