@@ -42,6 +42,7 @@ CASES = [
     for backbone in BACKBONES
     if backbone not in METHOD_CASES[case].refuses
 ]
+ON_BERT = [case for case, backbone in CASES if backbone == "tiny-bert"]
 REFUSED = [(case, backbone) for case in METHOD_CASES for backbone in METHOD_CASES[case].refuses]
 
 
@@ -187,7 +188,7 @@ def test_3_gradients_reach_what_is_trained_and_nothing_else(attached):
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
-@pytest.mark.parametrize("name", METHOD_CASES)
+@pytest.mark.parametrize("name", ON_BERT)
 def test_3_torch_func_gives_each_example_its_gradient_and_the_slope_along_a_direction(name):
     model = build("tiny-bert")
     model.set_attn_implementation("eager")
@@ -488,7 +489,7 @@ class Look:
         return same and all(torch.equal(tensor, other.tensors[name]) for name, tensor in self.tensors.items())
 
 
-BROKEN_OFF = {(case, "tiny-bert"): LIBRARY for case in METHOD_CASES} | {
+BROKEN_OFF = {(case, "tiny-bert"): LIBRARY for case in ON_BERT} | {
     (case, backbone): LIBRARY_AND_TORCH
     for case, backbone in (
         *(("lora", "tiny-bert"), ("parallel-everywhere", "tiny-bart"), ("nf4-lora", "tiny-gpt2")),
