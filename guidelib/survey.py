@@ -90,3 +90,22 @@ def row(method: str, version: int = 1) -> Row:
     found = {entry.method: entry for entry in (TABLE if version == 1 else TABLE_2)}
     expect(method in found, "method", method, f"one of {', '.join(found)}")
     return found[method]
+
+
+def claims(method: str) -> list[tuple[str, str | None, str | None]]:
+    """What both versions say of a method: each column, its cell in the first and in the second version, None
+    where that version says nothing.  The second version has all rows of the first.
+
+    Raises ValueError for a name that neither has.
+    """
+    second = row(method, 2)
+    first = row(method) if method in {entry.method for entry in TABLE} else None
+    columns = {
+        "trained, %": "trainable",
+        "changed, %": "changed",
+        "storage efficient": "storage",
+        "memory efficient": "memory",
+        "reduces backpropagation": "backprop",
+        "overhead at inference": "overhead",
+    }
+    return [(name, getattr(first, field, None), getattr(second, field)) for name, field in columns.items()]

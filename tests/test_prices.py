@@ -74,6 +74,10 @@ def test_the_survey_s_rows_stand_beside(found):
     assert rows["overhead at inference"][2].endswith("+0 once merged")
     assert "merged" not in rows["overhead at inference"][3]
     assert cells(gl.survey_table("DiffPruning", found, "full"))["memory efficient"][2].startswith("no: 1.00")
+    later = cells(gl.survey_table("DoRA", found, "LoRA"))  # the first version does not have it
+    assert later["memory efficient"][:2] == ["–", "yes"] and later["trained, %"][:2] == ["–", "–"]
+    with pytest.raises(ValueError, match="method must be one of Adapters, .*, got 'AdaLoRA'"):
+        gl.survey_table("AdaLoRA", found, "LoRA")
 
 
 def test_prices_refuse(found):

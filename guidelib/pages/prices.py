@@ -18,7 +18,7 @@ from guidelib.costs.measure import Costs, measure
 from guidelib.materials.backbones import load_backbone
 from guidelib.pages.viz import Output, live, table
 from guidelib.selective.anchors import FullFineTuning
-from guidelib.survey import row
+from guidelib.survey import claims
 
 MiB = 2**20
 TERMS = ("weights", "gradients", "optimiser", "saved activations")
@@ -127,19 +127,11 @@ def survey_table(method: str, found: CostTable, *labels: str) -> Output:
     """
     expect(found.full is not None, "found", list(found.prices), "a cost table with full fine-tuning")
     expect(bool(labels), "labels", labels, f"one or more of {', '.join(found.prices)}")
-    first, second, full = row(method), row(method, 2), found[found.full]
-    claims = [
-        ("trained, %", first.trainable, None),
-        ("changed, %", first.changed, None),
-        ("storage efficient", first.storage, second.storage),
-        ("memory efficient", first.memory, second.memory),
-        ("reduces backpropagation", first.backprop, second.backprop),
-        ("overhead at inference", first.overhead, second.overhead),
-    ]
+    full = found[found.full]
     measured = {label: _measured(found[label], full) for label in labels}
     rows = [
         {"": claim, "survey v1": one, "survey v2": two} | {label: measured[label][claim] for label in labels}
-        for claim, one, two in claims
+        for claim, one, two in claims(method)
     ]
     return table(rows, caption=f"{method}: the survey's claims, and what was measured in the table above.")
 
