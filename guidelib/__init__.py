@@ -56,6 +56,7 @@ _MODULES = {
     "guidelib.selective.anchors": ("FullFineTuning", "HeadOnly"),
     "guidelib.selective.attention": ("CrossAttentionTuning",),
     "guidelib.selective.bitfit": ("BitFit",),
+    "guidelib.selective.diff_pruning": ("DiffPruning",),
     "guidelib.selective.far": ("FAR",),
     "guidelib.selective.fish_mask": ("FishMask",),
     "guidelib.selective.lt_sft": ("LTSFT", "load_deltas"),
@@ -89,7 +90,10 @@ METHODS = {  # by the survey's classes; the anchors belong to none
     ),
     "soft prompts": ("PromptTuning", "WARP", "PTuning", "SPoT", "PrefixTuning", "IPT", "LatePromptTuning"),
     "other additive": ("IA3", "LST", "AttentionFusion", "LeTS"),
-    "selective": ("BitFit", "NormTuning", "CrossAttentionTuning", "FishMask", "LTSFT", "FAR"),
+    "selective": (
+        *("BitFit", "NormTuning", "CrossAttentionTuning"),
+        *("FishMask", "LTSFT", "DiffPruning", "FAR"),
+    ),
     "reparametrization": (
         *("LoRA", "AdaLoRA", "DoRA", "GLoRA", "ReLoRA", "QLoRA", "FLoRA", "KronA", "IntrinsicSAID"),
     ),

@@ -134,6 +134,12 @@ METHOD_CASES = {
     "fishmask": Case(gl.FishMask(keep=0.01)),
     "fishmask-ffn": Case(gl.FishMask(keep=0.25, targets="ffn", score="magnitude")),
     "lt-sft": Case(gl.LTSFT(keep=0.02)),
+    "diff-pruning": Case(
+        gl.DiffPruning(keep=0.02), silent=lambda name: ".gates." in name or ".dense." in name
+    ),  # of a key bias, say
+    "diff-pruning-ffn": Case(
+        gl.DiffPruning(keep=0.1, targets="ffn", structured=True), silent=lambda name: ".gates." in name
+    ),
     "far": Case(gl.FAR(keep=0.2)),
     "far-all": Case(
         gl.FAR(keep=0.5, targets="all"), silent=lambda name: "_k." in name and name.endswith(".1")

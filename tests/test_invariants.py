@@ -159,7 +159,7 @@ def test_2_weight_space_and_activation_space_agree_in_value_and_gradient(attache
     twice = backbone == "tiny-bert"  # enough to see that the second derivatives agree as well
     if twice:
         model.set_attn_implementation("eager")  # the fused one has none
-    wanted = list({id(p): p for part in parts for p in part.parameters()}.values())
+    wanted = list({id(p): p for part in parts for p in part.parameters() if p.requires_grad}.values())
 
     def gradients(loss):
         first = torch.autograd.grad(loss, wanted, create_graph=twice)
@@ -601,7 +601,7 @@ COMPILED = [  # every method, in as few graphs as their places allow
     + gl.AdapterDrop(SMALL, 0) + gl.AdaMix(r=2) + gl.PromptTuning(length=2) + gl.PTuning(length=2)
     + gl.PrefixTuning(length=2, mlp=4) + gl.IA3(),
     gl.FishMask(keep=0.01) + gl.LTSFT(keep=0.5, targets="ffn")
-    + gl.FAR(targets="o"),
+    + gl.FAR(targets="o") + gl.DiffPruning(structured=True),
     gl.WARP(length=2) + gl.SPoT(length=2) + gl.IPT(length=2),
     gl.LST(reduction=4),
     gl.AttentionFusion(),

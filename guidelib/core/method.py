@@ -107,6 +107,10 @@ class Method(Spec):
     def prepare(self, attachment: Attached, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
         """Called once before training, with batches of the training data (a mask's scores, say)."""
 
+    def rates(self, attachment: Attached) -> dict[nn.Parameter, float]:
+        """Learning rates of its own for some of the parameters, which then have no weight decay."""
+        return {}
+
     def regularizer(self, attachment: Attached) -> torch.Tensor | None:
         """A scalar to add to every step's loss, or None."""
         return None
@@ -189,6 +193,9 @@ class Sum(Method):
         for method in self.methods:
             method.prepare(attachment, batches)
 
+    def rates(self, attachment):
+        return {p: rate for method in self.methods for p, rate in method.rates(attachment).items()}
+
     def regularizer(self, attachment):
         terms = [term for method in self.methods if (term := method.regularizer(attachment)) is not None]
         return sum(terms) if terms else None
@@ -239,6 +246,9 @@ class Wrapper(Method):
 
     def prepare(self, attachment, batches):
         self.method.prepare(attachment, batches)
+
+    def rates(self, attachment):
+        return self.method.rates(attachment)
 
     def regularizer(self, attachment):
         return self.method.regularizer(attachment)

@@ -305,10 +305,12 @@ def _optimizer(
     attachment: Attachment, lr: float, head_lr: float, weight_decay: float
 ) -> torch.optim.Optimizer:
     head = {id(p) for p in attachment.anatomy.head().values()}
-    trained = [p for p in attachment.model.parameters() if p.requires_grad]
+    own = attachment.method.rates(attachment)
+    trained = [p for p in attachment.model.parameters() if p.requires_grad and p not in own]
     groups = [
         {"params": [p for p in trained if id(p) not in head], "lr": lr},
         {"params": [p for p in trained if id(p) in head], "lr": head_lr},
+        *({"params": [p], "lr": rate, "weight_decay": 0.0} for p, rate in own.items()),
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=weight_decay)
 
