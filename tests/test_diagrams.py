@@ -69,6 +69,7 @@ def test_what_is_lit_follows_from_the_hyper_parameters():
     )
     assert "The biases of q, k, v, o, in, out and the norms, in every block." in repr(gl.place("BitFit"))
     assert "The biases of q and in, in every block." in repr(gl.place(gl.BitFit(only=("q", "ffn.in"))))
+    assert "The side network reads the states, in 9 of 12 blocks." in repr(gl.place("LST"))
     assert "Rebuilt from a smaller form: q, k, v, o, in and out; beside q" in repr(gl.place("QLoRA"))
 
 

@@ -31,7 +31,7 @@ SPOTS = {  # what can be lit -> how, and which place that is
     "norm behind them": {"trained": 5},
     "context": {"added": 3},
     "keys and values": {"added": 3},
-    "side network": {"added": 4},
+    "side network": {"reading": 4},
 }
 DEPTH = 12
 
@@ -105,7 +105,7 @@ def _of_part(part: Part) -> tuple[Lit, set[int]]:
     if isinstance(part, PromptPart | LatePart):
         return [("context", "added")], set(range(getattr(part, "layer", 0), DEPTH))
     if isinstance(part, SidePart):
-        return [("side network", "added")], set().union(*(each.layers for each in part.networks.values()))
+        return [("side network", "reading")], set().union(*(each.layers for each in part.networks.values()))
     if isinstance(part, WeightSpacePart) and trained:
         return [(spot, "beside") for spot in (*WEIGHTS.values(), "norms")], every
     if isinstance(part, WeightSpacePart) or any(buffer.numel() for buffer in part.buffers()):
@@ -139,6 +139,7 @@ def _words(lit: Lit, where: str) -> str:
         "bias": "the biases of {}",
         "recomputed": "rebuilt from a smaller form: {}",
         "added": "something is added: to {}",
+        "reading": "{} reads the states",
     }
     groups: dict[str, list[str]] = {}
     for spot, how in lit:
@@ -217,7 +218,7 @@ def _draw(lit: Lit, numbers: set[int], words: str) -> Diagram:
     d.line((middle, 37), (middle, 30))
     norm(12)
     d.arrow((middle, 12), (middle, 0))
-    side = ("side network", "added") in lit
+    side = ("side network", "reading") in lit
     if side:
         d.box(270, 20, 22, 200, kind="trained")
         for y in (151, 34):
