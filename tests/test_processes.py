@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-CASES = ("full", "lora-all", "dora", "glora", "krona", "qlora", "said", "fishmask", "far", "adapter", "parallel")
+CASES = (
+    *("full", "lora-all", "dora", "glora", "krona", "qlora", "said"),
+    *("fishmask", "far", "adapter", "parallel"),
+)
 
 
 @pytest.fixture(scope="module")

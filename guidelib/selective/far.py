@@ -10,8 +10,9 @@ whole tensor or none.  count = r (d_in + 1) per map, r = keep * d_out, without t
 Stored: as many, and r numbers of rows.  Merges exactly.
 
 Our reading, since there is no public code: what the learners have learnt in the priming is kept, and the
-others go back.  The frozen map stays whole beside the learners, whose difference from it is trained; cut in
-two, it computes the same.  The authors prime the model; here only the maps that are reconfigured are primed.
+others go back.  The frozen map stays whole and the learners' difference from it stands beside it, which
+computes the same as two maps at the price of computing the learners' outputs twice.  The authors prime the
+model; here only the maps that are reconfigured are primed.
 """
 
 from __future__ import annotations
