@@ -24,6 +24,7 @@ SIDES = {
     "lst": gl.LST(reduction=4),
     "lst, fisher": gl.LST(reduction=4, layers=-1, init="fisher"),
     "fusion": gl.AttentionFusion(),
+    "lets": gl.LeTS(),
 }
 LATE = {
     "late LoRA": gl.LoRA(r=2, targets="all").on(layers=-1),
