@@ -364,6 +364,7 @@ NEEDED = {
 }
 OF_NO_METHOD = (
     *("foundations/", "reparametrization/lora_choices", "reparametrization/family"),
+    "additive/other_ways",
     "additive/soft_prompts",
 )
 LINES, LINES_OF_CELL, COLUMNS, TRUTHS, WORDS, WORDS_OF_FOUNDATIONS = 220, 25, 88, 8, 1700, 2300
