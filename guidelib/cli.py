@@ -77,9 +77,7 @@ def benchmark(pairs: Annotated[int, typer.Option(help="turns to take")] = 15) ->
     typer.echo("a forward pass, 1 x 16 tokens, of the base     attached              merged")
     for label, (attached, merged) in latency_ratios(pairs=4 * pairs).items():
         typer.echo(f"  {label:44s} {attached}     {merged or 'cannot be merged'}")
-    typer.echo(
-        "five epochs of LST on SmolLM2, of which each runs the frozen model, over five that keep its states"
-    )
+    typer.echo("five epochs of LST that run the frozen model each time, over five that keep its states")
     typer.echo(f"  {kept_ratio()}")
 
 

@@ -42,7 +42,8 @@ def test_the_command_prints_both_tables(monkeypatch):
             benchmark, function.__name__, lambda pairs, function=function: function(name, pairs=pairs)
         )
     kept = benchmark.kept_ratio
-    monkeypatch.setattr(benchmark, "kept_ratio", lambda: kept(LST(reduction=4), name, epochs=1, texts=8))
+    tiny = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    monkeypatch.setattr(benchmark, "kept_ratio", lambda: kept(LST(reduction=4), tiny, epochs=1))
     result = CliRunner().invoke(app, ["benchmark", "--pairs", "6"])
     assert result.exit_code == 0, result.output
     steps, latencies = result.output.split("a forward pass")

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -377,11 +377,12 @@ class _Trainer(Trainer):
         lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
         return SameBatches(lengths, self.args.per_device_train_batch_size, self.args.seed)
 
+    def below(self, inputs) -> AbstractContextManager:
+        """What is done with the frozen blocks in a pass."""
+        return nullcontext() if self.states is None else self.states.of(inputs)
+
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        with (
-            self.states.of(inputs) if self.states else nullcontext(),
-            recompute.keep_less() if self.keep_less else nullcontext(),
-        ):
+        with self.below(inputs), recompute.keep_less() if self.keep_less else nullcontext():
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
             loss = loss + sum(self.attachment.method.loss_terms(self.attachment, inputs, outputs))
         self.seen = inputs
@@ -394,7 +395,7 @@ class _Trainer(Trainer):
         """Compute the last loss once more, since no further step would notice what the last one has done."""
         trained = [p.float() for p in self.model.parameters() if p.requires_grad]
         self._expect_finite("weights' norm", float(get_total_norm(trained)), "after the last step")
-        with self.compute_loss_context_manager():
+        with self.compute_loss_context_manager(), self.below(self.seen):
             loss = super().compute_loss(self.model.eval(), self.seen)
         self._expect_finite("loss", float(loss), "after the last step")
 
