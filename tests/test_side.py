@@ -347,7 +347,8 @@ def saved(model, method: gl.Method) -> int:
 
 def test_what_is_kept_depends_neither_on_the_backbones_inner_width_nor_on_its_depth():
     fusion = gl.AttentionFusion()
-    assert saved(bert(inner=64), fusion) == saved(bert(inner=512), fusion)
+    for method in (fusion, gl.LeTS()):
+        assert saved(bert(inner=64), method) == saved(bert(inner=512), method)
     assert saved(bert(2), fusion) == saved(bert(5), fusion.on(layers=(0, 1)))
     lst = gl.LST(reduction=4, layers=(0, 1))
     assert saved(bert(2), lst) == saved(bert(5), lst)
