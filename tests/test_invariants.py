@@ -628,6 +628,7 @@ def test_15_torch_compile_takes_the_whole_model_in_one_graph(method):
     if "Late" not in repr(method):  # the second layer only takes as long again
         model.encoder.encoder.layer = model.encoder.encoder.layer[:1]
     randomise(gl.attach(model, method))
+    torch.compiler.reset()  # or those compiled before count, of which eight are allowed
     compiled, results = torch.compile(model, fullgraph=True, backend="eager"), []
     for each in (model, compiled):  # a break in the graph would be an error
         model.zero_grad()

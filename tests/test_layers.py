@@ -191,7 +191,8 @@ def test_every_method_serves_it_right_or_refuses_it_with_its_type(kind, backbone
         randomise(attachment)
         randomise(other)
         acting = outputs(model, inputs)
-        if name not in ("full", "said", "did"):  # as beside the same numbers in an ordinary layer
+        # as beside the same numbers in an ordinary layer, which has a bias, too, that FAR would train
+        if name not in ("full", "said", "did") and not (name.startswith("far") and "t5" in backbone):
             assert (acting - outputs(twin, inputs)).abs().max() < 1e-10
         if attachment.mergeable:
             assert not any(isinstance(part, DeltaPart) for part in attachment.parts) or kind == "plain"
