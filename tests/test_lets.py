@@ -272,23 +272,3 @@ def test_it_learns_what_a_sparse_delta_can_do():
     assert [*own] == ["1"]
     largest = own["1"].index[own["1"].values.abs().topk(2).indices]
     assert set(largest.tolist()) == places
-
-
-@pytest.mark.parametrize(
-    ("backbone", "method", "words"),
-    [
-        ("tiny-bert", lambda: gl.LeTS(keep=0), "keep must be a share of the weights, more than 0 and at"),
-        ("tiny-bert", lambda: gl.LeTS(keep=1.5), "keep must be a share of the weights"),
-        ("tiny-bert", lambda: gl.LeTS(hidden=0), "hidden must be a whole number of at least 1, or None"),
-        ("tiny-bert", lambda: gl.LeTS(cost=-1), "cost must be a finite number of at least 0, got -1"),
-        ("tiny-bert", lambda: gl.LeTS().on(layers=7), "layers must be whole numbers from -2 to 1"),
-        ("tiny-bert", lambda: gl.LeTS() + gl.LoRA(r=2), "LeTS runs the backbone without .* LoRA at"),
-        ("tiny-bert", lambda: gl.LST(4) + gl.LeTS(), "LST runs the backbone without .* LeTS at"),
-        ("tiny-bart", lambda: gl.LeTS().on(stack="encoder"), "the final state is the last stack's"),
-    ],
-)  # fmt: skip
-def test_what_does_not_fit_is_refused(backbone, method, words):
-    model = build(backbone)
-    with pytest.raises(ValueError, match=words):
-        gl.attach(model, method())
-    assert not hasattr(model, "guidelib")

@@ -505,6 +505,14 @@ def test_what_is_trained_in_the_backbone_stands_not_beside_a_side_network():
         ("tiny-bart", lambda: gl.LST(4).on(stack="decoder"), "both stacks need a side network"),
         ("tiny-bart", lambda: gl.AttentionFusion().on(stack="encoder"), "the final state is the last"),
         ("tiny-bert", lambda: gl.AttentionFusion(-1), "temperature must be a positive number"),
+        ("tiny-bert", lambda: gl.LeTS(keep=0), "keep must be a share of the weights, more than 0 and at"),
+        ("tiny-bert", lambda: gl.LeTS(keep=1.5), "keep must be a share of the weights"),
+        ("tiny-bert", lambda: gl.LeTS(hidden=0), "hidden must be a whole number of at least 1, or None"),
+        ("tiny-bert", lambda: gl.LeTS(cost=-1), "cost must be a finite number of at least 0, got -1"),
+        ("tiny-bert", lambda: gl.LeTS().on(layers=7), "layers must be whole numbers from -2 to 1"),
+        ("tiny-bert", lambda: gl.LeTS() + gl.LoRA(r=2), "LeTS runs the backbone without .* LoRA at"),
+        ("tiny-bert", lambda: gl.LST(4) + gl.LeTS(), "LST runs the backbone without .* LeTS at"),
+        ("tiny-bart", lambda: gl.LeTS().on(stack="encoder"), "the final state is the last stack's"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(backbone, method, words):

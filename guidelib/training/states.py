@@ -93,13 +93,16 @@ class States(Part):
         """Around a training pass with ``batch``: no dropout below, and what is known is not run again."""
         for module in self._still:
             module.training = False
+        if not self.blocks:
+            yield
+            return
         key = _key(batch)
         given = self._kept.get(key, _Given())
         if isinstance(given, Path):
             given = _Given(*torch.load(given, mmap=True, weights_only=True), done=True)
         with passes.noted({self: given}):
             yield
-        if self.blocks and not given.done:
+        if not given.done:
             given.done = True
             self._kept[key] = given if self.folder is None else self._file(given)
 
