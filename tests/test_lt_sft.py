@@ -79,6 +79,41 @@ def test_with_all_entries_kept_the_second_phase_is_full_fine_tuning():
         assert (parameter - finals[0][name]).abs().max() < 1e-9, name
 
 
+@pytest.mark.parametrize("name", ["tiny-bert", "tiny-gpt2", "tiny-t5"])
+def test_with_all_entries_kept_both_phases_are_the_same_to_the_bit(name):
+    """The first is full fine-tuning, as a difference from the base."""
+    ends = []
+    for dense in (True, False):
+        model = build(name, dtype=torch.float32)
+        part = part_of(gl.attach(model, gl.LTSFT(keep=1.0)))
+        if dense:
+            part.open()
+        train(model, batch(name), adamw(model), TOTAL)
+        ends.append(torch.cat([each.detach().flatten() for each in part.dense or [part.values]]))
+    assert ends[0].any() and torch.equal(*ends)
+
+
+@pytest.mark.parametrize("method", [gl.LTSFT(dense_lr=1e-4), gl.DiffPruning(dense_lr=1e-4)])
+def test_the_dense_phase_may_have_a_rate_of_its_own(method, monkeypatch):
+    made, make = [], training._optimizer
+    monkeypatch.setattr(training, "_optimizer", lambda *given: made.append(make(*given)) or made[0])
+    model = fresh("tiny-bert", method, torch.float32)
+    part, before = part_of(gl.attached(model)), []
+
+    def prepared(attachment, batches):
+        prepare(attachment, batches)
+        before.extend(part.dense)
+
+    prepare = type(method).prepare.__get__(method)
+    monkeypatch.setattr(type(method), "prepare", lambda self, *given: prepared(*given))
+    fit(model, lr=1e-2, head_lr=1e-3)
+    (optimizer,) = made
+    first = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert first[id(part.values)]["initial_lr"] == 1e-2 and part.dense is None and len(before) > 1
+    own = [group for group in optimizer.param_groups if group["initial_lr"] == 1e-4]
+    assert len(own) == len(before) and not any(group["params"] for group in own)
+
+
 @pytest.mark.parametrize("first", [0.1, 0.5, 0.75])
 def test_the_rate_falls_to_zero_in_either_phase(first):
     method, total = gl.LTSFT(first=first), 40
@@ -219,6 +254,12 @@ def test_files_of_something_else_are_refused(tmp_path):
 def test_impossible_arguments(first):
     with pytest.raises(ValueError, match="first must be a share of the steps, more than 0 and less than 1"):
         gl.LTSFT(first=first)
+
+
+@pytest.mark.parametrize("dense_lr", [0, -1e-3, "low", float("inf")])
+def test_impossible_rates(dense_lr):
+    with pytest.raises(ValueError, match="dense_lr must be a positive number or None"):
+        gl.LTSFT(dense_lr=dense_lr)
 
 
 def test_the_first_phase_takes_the_memory_of_full_fine_tuning():

@@ -35,7 +35,7 @@ from torch import nn
 from guidelib.core.anatomy import Anatomy
 from guidelib.core.method import expect
 from guidelib.core.points.part import Part
-from guidelib.core.points.sparse_delta import Sparse, SparseDelta
+from guidelib.core.points.sparse_delta import Narrowing, SparseDelta
 from guidelib.core.values import draw, has_values
 
 LEFT, RIGHT = -1.5, 1.5  # to which s is stretched
@@ -44,12 +44,12 @@ START = 5.0  # alpha: a gate is then open with probability 0.993
 
 
 @dataclass(frozen=True)
-class DiffPruning(Sparse):
+class DiffPruning(Narrowing):
     """Train all entries and their gates, keep the share ``keep`` of the entries, and train those on.
 
     penalty: lambda, for each entry; the paper's is for BERT-large.  structured: whether each tensor has a
-    gate, too.  gate_lr: the gates' learning rate; the differences have that of ``fit``.  final: the share of
-    the steps that is left for the entries that are kept.
+    gate, too.  gate_lr: the gates' learning rate.  final: the share of the steps that is left for the
+    entries that are kept.
     """
 
     penalty: float = 1.25e-7
@@ -73,14 +73,9 @@ class DiffPruning(Sparse):
             part.open()
         return [part]
 
-    def prepare(self, attachment, batches):
-        part = self.part(attachment)
-        if part.dense is None and not part.trained:
-            part.open()
-
     def rates(self, attachment):
         gates = self.part(attachment).gates
-        return dict.fromkeys(() if gates is None else gates, self.gate_lr)
+        return super().rates(attachment) | dict.fromkeys(() if gates is None else gates, self.gate_lr)
 
     def regularizer(self, attachment):
         part = self.part(attachment)

@@ -26,11 +26,11 @@ from transformers import PreTrainedModel
 from guidelib.core.anatomy import ADDED
 from guidelib.core.attaching import Attachment, attach, load
 from guidelib.core.method import Sum, expect
-from guidelib.core.points.sparse_delta import Sparse, SparseDelta
+from guidelib.core.points.sparse_delta import Narrowing, SparseDelta
 
 
 @dataclass(frozen=True)
-class LTSFT(Sparse):
+class LTSFT(Narrowing):
     """Train the share ``keep`` of the entries that full fine-tuning moves most.
 
     first: the share of the steps that full fine-tuning takes.  In either phase the learning rate falls to
@@ -55,8 +55,9 @@ class LTSFT(Sparse):
 
     def prepare(self, attachment, batches):
         part = self.part(attachment)
-        if part.dense is None and not part.trained:
-            part.open()
+        was_open = part.dense is not None
+        super().prepare(attachment, batches)
+        if part.dense is not None and not was_open:
             part.start = {name: p.detach().clone() for name, p in attachment.anatomy.head().items()}
 
     @torch.no_grad()

@@ -312,7 +312,8 @@ def _optimizer(
         {"params": [p for p in trained if id(p) in head], "lr": head_lr},
         *({"params": [p], "lr": rate, "weight_decay": 0.0} for p, rate in own.items()),
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=weight_decay)
+    first, *others = groups  # what a method exchanges comes into the first, also where it is empty
+    return torch.optim.AdamW([first, *(group for group in others if group["params"])], weight_decay=weight_decay)
 
 
 class _Copies(dict[nn.Parameter, nn.Parameter]):

@@ -12,6 +12,7 @@ support is dense.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -75,6 +76,30 @@ class Sparse(Method):
     def part(self, attachment: Attached) -> SparseDelta:
         (part,) = attachment.parts_of(self)
         return part
+
+
+@dataclass(frozen=True)
+class Narrowing(Sparse):
+    """Base of the methods that train all entries before they train the few.
+
+    dense_lr: the learning rate meanwhile; None: the same.  A few entries may take a much higher one.
+    """
+
+    dense_lr: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        number = isinstance(self.dense_lr, int | float) and 0 < self.dense_lr < math.inf
+        expect(self.dense_lr is None or number, "dense_lr", self.dense_lr, "a positive number or None")
+
+    def prepare(self, attachment: Attached, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
+        part = self.part(attachment)
+        if part.dense is None and not part.trained:
+            part.open()
+
+    def rates(self, attachment: Attached) -> dict[nn.Parameter, float]:
+        dense = self.part(attachment).dense
+        return {} if dense is None or self.dense_lr is None else dict.fromkeys(dense, self.dense_lr)
 
 
 class SparseDelta(WeightSpacePart):
