@@ -313,7 +313,8 @@ def _optimizer(
         *({"params": [p], "lr": rate, "weight_decay": 0.0} for p, rate in own.items()),
     ]
     first, *others = groups  # what a method exchanges comes into the first, also where it is empty
-    return torch.optim.AdamW([first, *(group for group in others if group["params"])], weight_decay=weight_decay)
+    groups = [first, *(group for group in others if group["params"])]
+    return torch.optim.AdamW(groups, weight_decay=weight_decay)
 
 
 class _Copies(dict[nn.Parameter, nn.Parameter]):
