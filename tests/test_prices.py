@@ -142,6 +142,23 @@ def test_earlier_results_are_put_together():
     assert gl.finding(both, "LoRA", methods=["b"])["b"].difference == pytest.approx(2)
 
 
+def test_a_transfer_between_domains_is_one_task_of_their_means():
+    def row(score):
+        return {split: {"accuracy": score, "loss": 1.0} for split in ("validation", "test")}
+
+    runs = []
+    for seed in (0, 1):
+        key = {"lr": 1, "seed": seed}
+        runs += [{"method": "own", "domain": name} | key | row(s) for name, s in (("a", 0.5), ("b", 0.7))]
+        across = {"a": row(0.6), "b": row(0.9)}
+        runs.append({"method": "pooled", "domain": "all", "across": across} | key | row(0.1))
+    settings = {"domains": ["a", "b"], "seeds": [0, 1], "ways": {"own": {}, "pooled": {}}}
+    one = earlier.of_domains({"settings": settings, "runs": runs})
+    assert len(one["runs"]) == 4
+    means = {verdict.method: verdict.mean for verdict in gl.finding(one, "own").verdicts}
+    assert means == {"own": pytest.approx(60), "pooled": pytest.approx(75)}
+
+
 def test_a_recording_looks_after_each_step():
     weight = torch.nn.Parameter(torch.zeros(()))
     optimizer = torch.optim.SGD([weight], lr=1.0)

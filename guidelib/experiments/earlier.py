@@ -70,18 +70,22 @@ def summary(result: Row) -> list[Row]:
     return rows
 
 
-def scores(result: Row) -> dict[str, dict[str, list[float]]]:
-    """Test accuracy in per cent by way and domain, one for each seed, of the transfer between domains."""
-    domains = result["settings"]["domains"]
-    found = {label: {domain: [] for domain in domains} for label in result["settings"]["ways"]}
-    for label in found:
-        for run in at_best_rate(result, label):
-            tests = {run["domain"]: run}
-            if run["domain"] == ALL:
-                tests = {domain: run["across"][domain] for domain in domains}
-            for domain, test in tests.items():
-                found[label][domain].append(score(test))
-    return found
+def of_domains(result: Row) -> Row:
+    """The transfer between domains in the present form, for `compare`: one task, whose score is the mean over
+    the domains."""
+    settings, same = result["settings"], defaultdict(dict)
+    for run in result["runs"]:
+        tests = run["across"] if run["domain"] == ALL else {run["domain"]: run}
+        same[run["method"], run["lr"], run["seed"]] |= tests
+    runs = []
+    for (method, lr, seed), tests in same.items():
+        row = {"task": ALL, "method": method, "lr": lr, "seed": seed}
+        for split in ("validation", "test"):
+            each = [test[split] for test in tests.values()]
+            row[split] = {name: statistics.mean(x[name] for x in each) for name in ("accuracy", "loss")}
+        runs.append(row)
+    plan = {"tasks": {ALL: {}}, "methods": settings["ways"], "tuning_seeds": 1}
+    return {"settings": settings | plan | {"seeds": len(settings["seeds"])}, "runs": runs}
 
 
 def across(result: Row) -> dict[str, dict[str, list[float]]]:
