@@ -155,8 +155,7 @@ class Fast(PerExample):
                 whole = (y if bias is None else y - bias) + outer  # W (a_1 * x)
                 outer = y + (factor * whole - whole + outer)
             elif k == 0 and bias is not None:
-                # bias + factor * (outer - bias), and to the bit the layer's own output where the factor is 1
-                outer = torch.lerp(bias.to(b.dtype), outer, factor)
+                outer = torch.lerp(bias.to(b.dtype), outer, factor)  # to the bit outer where the factor is 1
             else:
                 outer = outer * factor
             total = outer if total is None else total + outer
