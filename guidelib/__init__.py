@@ -26,6 +26,7 @@ _MODULES = {
     "guidelib.additive.soft_prompts.prompt": ("PromptTuning",),
     "guidelib.additive.soft_prompts.spot": ("SPoT", "prompt_similarity"),
     "guidelib.additive.soft_prompts.warp": ("WARP",),
+    "guidelib.hybrid.compacter": ("PHM", "PHMAdapter", "Compacter", "CompacterPlusPlus"),
     "guidelib.materials.backbones": ("load_backbone",),
     "guidelib.costs.measure": ("Costs", "measure"),
     "guidelib.costs.plan": ("memory_plan",),
@@ -97,6 +98,7 @@ METHODS = {  # by the survey's classes; the anchors belong to none
     "reparametrization": (
         *("LoRA", "AdaLoRA", "DoRA", "GLoRA", "ReLoRA", "QLoRA", "FLoRA", "KronA", "IntrinsicSAID"),
     ),
+    "hybrid": ("PHMAdapter", "Compacter", "CompacterPlusPlus"),
 }
 
 __all__ = [*sorted(_HOME), "METHODS"]

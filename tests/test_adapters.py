@@ -25,6 +25,7 @@ from guidelib.core.anatomy import Anatomy
 from guidelib.core.method import Spec
 from guidelib.core.points import passes
 from guidelib.core.points.sublayer import SublayerPart
+from guidelib.hybrid.compacter import PHMLinear
 from guidelib.materials.backbones import MeanPoolClassifier
 
 # AdapterHub's library; tests/golden/make_adapters.py wrote the file
@@ -32,6 +33,7 @@ from guidelib.materials.backbones import MeanPoolClassifier
 GOLDEN = Path(__file__).parent / "golden/adapters.safetensors"
 PLAIN = gl.PfeifferAdapter(r=4)
 ORIGINAL = gl.PfeifferAdapter(r=4, original_norm=True)
+PRODUCTS = gl.PHM(n=2, rank=1, shared=True)
 CONFIGURATIONS = {
     "houlsby": gl.Adapter(r=4, activation="silu", norms=False),
     "pfeiffer": ORIGINAL,
@@ -39,6 +41,9 @@ CONFIGURATIONS = {
     "parallel": gl.ParallelAdapter(r=4, scale=4.0),
     "parallel-learned": gl.ParallelAdapter(r=4, scale="learned"),
     "fusion": gl.AdapterFusion(2, ORIGINAL),
+    "compacter": gl.Compacter(r=4, activation="gelu", norms=False),
+    "compacter++": gl.PfeifferAdapter(r=4, activation="gelu", original_norm=True, linear=PRODUCTS),
+    "compacter++-plain": gl.CompacterPlusPlus(r=4, activation="gelu", norms=False, linear=PRODUCTS),
 }
 
 
@@ -62,6 +67,8 @@ def theirs(part: SublayerPart, name: str) -> str:
     place = {"self": "attention.output", "ffn": "output"}[part.sublayer.role]
     module, _, rest = name.removeprefix("module.").partition(".")
     start = f"encoder.layer.{part.sublayer.layer}.{place}"
+    if rest == "A":
+        return "shared_parameters.one.phm_rule"
     if module in "QKV":
         return f"{start}.adapter_fusion_layer.one,two.{dict(Q='query', K='key', V='value')[module]}.{rest}"
     adapter = "one"
@@ -69,6 +76,8 @@ def theirs(part: SublayerPart, name: str) -> str:
         index, module, rest = rest.split(".")
         adapter = ("one", "two")[int(index)]
     names = {"down": "adapter_down.0", "up": "adapter_up", "scale": "scaling"}
+    if isinstance(getattr(part.module, "down", None), PHMLinear):
+        rest = {"S": "W_left", "T": "W_right", "bias": "b"}[rest]
     return f"{start}.adapters.{adapter}.{names[module]}" + (f".{rest}" if rest else "")
 
 
@@ -110,6 +119,13 @@ PUBLISHED = {  # where the number stands -> model, method, trainable, stored
     "LoRA's appendix: Adapter^H on GPT-3 21.2 M": (GPT3, gl.Adapter(r=4, norms=False), 21_234_432),
     "Compacter table 1: Adapter on T5-base 0.832 %": (T5_BASE, gl.Adapter(r=24), 1_855_104),
     "Compacter table 1: Pfeiffer on T5-base 0.427 %": (T5_BASE, NORMED, 951_360),
+    "Compacter table 1: PHM-Adapter, n=12, on T5-base 0.179 %": (
+        T5_BASE,
+        gl.PHMAdapter(linear=gl.PHM(n=12)),
+        398_976,
+    ),
+    "Compacter table 1: Compacter, n=4, on T5-base 0.073 %": (T5_BASE, gl.Compacter(), 161_728),
+    "Compacter table 1: Compacter++, n=4, on T5-base 0.047 %": (T5_BASE, gl.CompacterPlusPlus(), 104_704),
     "LST: Adapter on T5-base 1.63 %": (T5_BASE, gl.Adapter(r=48), 3_625_728),
     "T-Few: Adapter on T0-3B 12.9 M": (T0_3B, gl.PfeifferAdapter(r=64, norms=True), 12_934_144),
     "Houlsby: BERT-large, block norms": (BERT_LARGE, gl.Adapter(r=64).on(layers=range(24)), 6_441_984),

@@ -37,7 +37,8 @@ def lit(output):
 EXPECTED = {  # method -> the places that its paper speaks of
     **dict.fromkeys(("FullFineTuning", "BitFit", "NormTuning", "CrossAttentionTuning"), {5}),
     "HeadOnly": set(),
-    "Adapter": {2, 5},  # Houlsby trains the norms as well
+    # Houlsby trains the norms as well, and Compacter's authors do
+    **dict.fromkeys(("Adapter", "PHMAdapter", "Compacter", "CompacterPlusPlus"), {2, 5}),
     "PfeifferAdapter": {2},
     "ParallelAdapter": {2},
     "AdapterFusion": {2},

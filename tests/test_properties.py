@@ -138,7 +138,8 @@ FIELDS = {
     "form": st.sampled_from(("add", "multiply")), "projection": st.sampled_from(("fastfood", "dense")),
     "shared": st.sampled_from(("up", "down", "none")), "activation": st.sampled_from(sorted(ACTIVATIONS)),
     "point": st.sampled_from(POINTS), "scale": positive | st.just("learned"),
-    "linear": st.builds(gl.Dense, st.sampled_from(INITS)),
+    "linear": st.builds(gl.Dense, st.sampled_from(INITS)) | st.builds(
+        gl.PHM, st.just(1), st.none() | st.integers(1, 2), st.booleans()),
     "length": st.integers(1, 3), "init": st.sampled_from(("vocabulary", "random", "fisher", (2,), ((3, 4),))),
     "reduction": st.integers(1, 2), "layers": st.none() | st.integers(-2, 1), "temperature": positive,
     "encoder": st.sampled_from(("lstm", "mlp")), "attentions": st.sampled_from(ATTENTION_NAMES),

@@ -19,6 +19,8 @@ import adapters
 import torch
 from adapters import (
     AdapterFusionConfig,
+    CompacterConfig,
+    CompacterPlusPlusConfig,
     DoubleSeqBnConfig,
     Fuse,
     ParBnConfig,
@@ -42,6 +44,9 @@ CONFIGURATIONS = {
     "fusion": SeqBnConfig(reduction_factor=8),
     "prefix": PrefixTuningConfig(flat=True, prefix_length=5, dropout=0.0),
     "prefix-mlp": PrefixTuningConfig(prefix_length=5, bottleneck_size=7, dropout=0.0),
+    "compacter": CompacterConfig(reduction_factor=8, phm_dim=4),
+    "compacter++": CompacterPlusPlusConfig(reduction_factor=8, phm_dim=2),
+    "compacter++-plain": CompacterPlusPlusConfig(reduction_factor=8, phm_dim=2, original_ln_before=False),
 }
 
 
@@ -78,7 +83,8 @@ def main():
         else:
             model.train_adapter("one")
         model.double().eval()
-        kind = "control_trans wte" if name.startswith("prefix") else "adapter"
+        kinds = {"prefix": "control_trans wte", "compacter": "adapter phm_rule"}
+        kind = kinds.get(name.split("-")[0].strip("+"), "adapter")
         parameters = dict(model.named_parameters())
         added = {key: p for key, p in parameters.items() if any(word in key for word in kind.split())}
         with torch.no_grad():

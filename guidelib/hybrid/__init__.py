@@ -1,0 +1,1 @@
+"""Hybrids: expressions of the methods of the other classes."""
