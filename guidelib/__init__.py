@@ -27,6 +27,8 @@ _MODULES = {
     "guidelib.additive.soft_prompts.spot": ("SPoT", "prompt_similarity"),
     "guidelib.additive.soft_prompts.warp": ("WARP",),
     "guidelib.hybrid.compacter": ("PHM", "PHMAdapter", "Compacter", "CompacterPlusPlus"),
+    "guidelib.hybrid.krona_res": ("KronARes",),
+    "guidelib.hybrid.mam": ("MAM",),
     "guidelib.materials.backbones": ("load_backbone",),
     "guidelib.costs.measure": ("Costs", "measure"),
     "guidelib.costs.plan": ("memory_plan",),
@@ -43,7 +45,7 @@ _MODULES = {
     "guidelib.pages.results": ("rate_figure", "verdict_figure", "verdict_table"),
     "guidelib.pages.viz": ("panel", "slider", "style", "table"),
     "guidelib.core.attaching": ("Attachment", "Count", "attach", "attached", "load", "using"),
-    "guidelib.core.method": ("Method", "On", "Sum"),
+    "guidelib.core.method": ("Expression", "Method", "On", "Sum"),
     "guidelib.reparametrization.adalora": ("AdaLoRA",),
     "guidelib.reparametrization.flora": ("FLoRA", "load_loras"),
     "guidelib.reparametrization.krona": ("KronA",),
@@ -98,7 +100,7 @@ METHODS = {  # by the survey's classes; the anchors belong to none
     "reparametrization": (
         *("LoRA", "AdaLoRA", "DoRA", "GLoRA", "ReLoRA", "QLoRA", "FLoRA", "KronA", "IntrinsicSAID"),
     ),
-    "hybrid": ("PHMAdapter", "Compacter", "CompacterPlusPlus"),
+    "hybrid": ("PHMAdapter", "Compacter", "CompacterPlusPlus", "KronARes", "MAM"),
 }
 
 __all__ = [*sorted(_HOME), "METHODS"]

@@ -44,6 +44,8 @@ EXPECTED = {  # method -> the places that its paper speaks of
     "AdapterFusion": {2},
     "AdapterDrop": {2},
     "AdaMix": {2},
+    "KronARes": {2},
+    "MAM": {2, 3},
     **dict.fromkeys(gl.METHODS["soft prompts"], {3}),
     **dict.fromkeys(("LST", "AttentionFusion", "LeTS"), {4}),
 }

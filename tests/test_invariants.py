@@ -599,7 +599,7 @@ COMPILED = [  # every method, in as few graphs as their places allow
     + gl.AdaLoRA(r=2, target_r=1, targets="ffn.in") + gl.KronA(targets="ffn.out")
     + gl.Adapter(r=2) + SMALL + gl.ParallelAdapter(r=2) + gl.AdapterFusion(2, SMALL)
     + gl.AdapterDrop(SMALL, 0) + gl.AdaMix(r=2) + gl.PHMAdapter(r=4) + gl.Compacter(r=4)
-    + gl.CompacterPlusPlus(r=4) + gl.PromptTuning(length=2) + gl.PTuning(length=2)
+    + gl.CompacterPlusPlus(r=4) + gl.KronARes() + gl.PromptTuning(length=2) + gl.PTuning(length=2)
     + gl.PrefixTuning(length=2, mlp=4) + gl.IA3(),
     gl.FishMask(keep=0.01) + gl.LTSFT(keep=0.5, targets="ffn")
     + gl.FAR(targets="o") + gl.DiffPruning(structured=True),
@@ -607,6 +607,7 @@ COMPILED = [  # every method, in as few graphs as their places allow
     gl.LST(reduction=4),
     gl.AttentionFusion(),
     gl.LeTS(),
+    gl.MAM(length=2, mlp=4, r=2),
     gl.BitFit(add=True) + gl.NormTuning() + gl.CrossAttentionTuning("self"),
     gl.LatePromptTuning(length=2) + gl.LatePromptTuning(length=2, bottleneck=2),
     gl.QLoRA(r=2),

@@ -235,14 +235,10 @@ def _own(saved: Mapping[str, torch.Tensor], parts: list[Any]) -> Mapping[str, to
     return own
 
 
-@dataclass(frozen=True)
-class Wrapper(Method):
-    """A method around another one, whose phases it passes on."""
+class Delegate(Method):
+    """Base of the methods that hand their phases on to another one."""
 
     method: Method
-
-    def __post_init__(self):
-        expect(isinstance(self.method, Method), "method", self.method, "a method such as LoRA()")
 
     def prepare(self, attachment, batches):
         self.method.prepare(attachment, batches)
@@ -264,6 +260,36 @@ class Wrapper(Method):
 
     def finish(self, attachment):
         self.method.finish(attachment)
+
+
+@dataclass(frozen=True)
+class Wrapper(Delegate):
+    """A method around another one."""
+
+    method: Method
+
+    def __post_init__(self):
+        expect(isinstance(self.method, Method), "method", self.method, "a method such as LoRA()")
+
+
+class Expression(Delegate):
+    """Base of the methods that are an expression of others.  A subclass is a dataclass of hyper-parameters
+    and says in ``expression`` what they make."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "method", self.expression())  # one for all phases
+
+    def expression(self) -> Method:
+        raise NotImplementedError
+
+    def parts(self, anatomy, saved):
+        return self.method.parts(anatomy, saved)
+
+    def select(self, anatomy):
+        return self.method.select(anatomy)
+
+    def rewrites(self, anatomy):
+        return self.method.rewrites(anatomy)
 
 
 @dataclass(frozen=True)

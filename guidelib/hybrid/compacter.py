@@ -1,14 +1,14 @@
-"""PHM adapters and Compacter - adapters whose maps are sums of Kronecker products.  Karimi Mahabadi et al. 2021,
-arXiv:2106.04647, sections 4.1 and 4.2; the maps are those of Zhang et al. 2021, arXiv:2102.08597.
+"""PHM adapters and Compacter - adapters whose maps are sums of Kronecker products.  Karimi Mahabadi et al.
+2021, arXiv:2106.04647, sections 4.1 and 4.2; the maps are those of Zhang et al. 2021, arXiv:2102.08597.
 
     y = x H + b,   H = sum_{i=1..n} A_i (x) B_i           A_i: (n, n),  B_i: (d_in / n, d_out / n)
 
     PHMAdapter           A_i and B_i of each map its own
-    Compacter            B_i = S_i T_i, S_i: (d_in / n, rank), T_i: (rank, d_out / n);  all maps have the same A_i
+    Compacter            B_i = S_i T_i, S_i: (d_in / n, rank), T_i: (rank, d_out / n);  the A_i are shared
     CompacterPlusPlus    the same, behind the feed-forward network only
 
-count of a map d_in -> d_out: d_in d_out / n + n^3 + d_out;  with low rank rank (d_in + d_out) + d_out, and n^3
-once for all that share the A_i.  Like all adapters, none of them can be merged.
+count of a map d_in -> d_out: d_in d_out / n + n^3 + d_out;  with low rank rank (d_in + d_out) + d_out, and
+n^3 once for all maps that share the A_i.  Like all adapters, none of them can be merged.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class PHMAdapter(Adapter):
 
 @dataclass(frozen=True)
 class Compacter(Adapter):
-    """Houlsby's adapter, whose maps are sums of Kronecker products of shared factors and factors of rank 1."""
+    """Houlsby's adapter, whose maps are sums of Kronecker products of shared factors and of rank-1 ones."""
 
     r: int = 24
     activation: str = "gelu_new"

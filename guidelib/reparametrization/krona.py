@@ -50,11 +50,15 @@ class KronA(WeightDelta):
             object.__setattr__(self, "shape", tuple(self.shape))
 
     def build(self, site: Site) -> Kronecker:
-        d_out, d_in = site.shape
+        return self.product(site.like, site.name)
+
+    def product(self, weight: torch.Tensor, name: str) -> Kronecker:
+        """For a weight (d_out, d_in) that messages call ``name``."""
+        d_out, d_in = weight.shape
         o1, i1 = near_square(d_out, d_in) if self.shape is None else self.shape
-        accepted = f"divisors of {site.shape}, the shape of {site.name}"
+        accepted = f"divisors of {(d_out, d_in)}, the shape of {name}"
         expect(d_out % o1 == 0 and d_in % i1 == 0, "shape", self.shape, accepted)
-        return Kronecker(site.like, o1, i1, self.s)
+        return Kronecker(weight, o1, i1, self.s)
 
 
 @cache

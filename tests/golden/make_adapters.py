@@ -23,6 +23,7 @@ from adapters import (
     CompacterPlusPlusConfig,
     DoubleSeqBnConfig,
     Fuse,
+    MAMConfig,
     ParBnConfig,
     PrefixTuningConfig,
     SeqBnConfig,
@@ -44,6 +45,10 @@ CONFIGURATIONS = {
     "fusion": SeqBnConfig(reduction_factor=8),
     "prefix": PrefixTuningConfig(flat=True, prefix_length=5, dropout=0.0),
     "prefix-mlp": PrefixTuningConfig(prefix_length=5, bottleneck_size=7, dropout=0.0),
+    "mam": MAMConfig(
+        PrefixTuningConfig(flat=True, prefix_length=5, dropout=0.0),
+        ParBnConfig(reduction_factor=8, scaling=4.0),
+    ),
     "compacter": CompacterConfig(reduction_factor=8, phm_dim=4),
     "compacter++": CompacterPlusPlusConfig(reduction_factor=8, phm_dim=2),
     "compacter++-plain": CompacterPlusPlusConfig(reduction_factor=8, phm_dim=2, original_ln_before=False),
@@ -84,6 +89,7 @@ def main():
             model.train_adapter("one")
         model.double().eval()
         kinds = {"prefix": "control_trans wte", "compacter": "adapter phm_rule"}
+        kinds["mam"] = "control_trans adapter"
         kind = kinds.get(name.split("-")[0].strip("+"), "adapter")
         parameters = dict(model.named_parameters())
         added = {key: p for key, p in parameters.items() if any(word in key for word in kind.split())}
