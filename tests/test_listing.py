@@ -33,6 +33,10 @@ class Scaled(torch.nn.Module):
     def cost(self):
         return 1
 
+    @staticmethod
+    def double(x):
+        return 2 * x
+
     @torch.no_grad()
     def forward(self, x):
         expect(
@@ -92,6 +96,8 @@ def test_of_a_class_the_equation_comes_first_without_checks(module):
 def test_functions_may_be_chosen(module):
     assert repr(show_source(module.Scaled, "cost")).endswith("def cost(self):\n        return 1")
     assert "def delta" not in repr(show_source(module.Scaled, "cost"))
+    static = "    @staticmethod\n    def double(x):\n        return 2 * x"
+    assert repr(show_source(module.Scaled, "double")).endswith(static)
     for absent in ("backward", "factor", "train"):  # train is there, but inherited
         with pytest.raises(ValueError, match=f"functions must be .*, got '{absent}'"):
             show_source(module.Scaled, absent)

@@ -34,7 +34,8 @@ def show_source(thing: Any, *functions: str) -> Output:
         raise TypeError(f"thing must be a class, function or module written in Python, not {kind}.") from None
     own = vars(thing) if isinstance(thing, type) else {}
     for name in functions:
-        expect(inspect.isfunction(own.get(name)), "functions", name, f"functions of {thing!r} itself")
+        function = getattr(own.get(name), "__func__", own.get(name))  # of a static method
+        expect(inspect.isfunction(function), "functions", name, f"functions of {thing!r} itself")
     chosen = functions or [name for name in EQUATION if inspect.isfunction(own.get(name))]
     if chosen:
         code = "\n".join(_excerpt(code, chosen))
