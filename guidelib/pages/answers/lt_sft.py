@@ -32,8 +32,11 @@ def _pair(first, second):
 )
 def add(i, u, j, v):
     """The places, ascending, and the values of the sum of two sparse differences."""
-    total = torch.sparse_coo_tensor(torch.cat((i, j))[None], torch.cat((u, v))).coalesce()
-    return [total.indices()[0], total.values()]
+    total: dict[int, torch.Tensor] = {}
+    for place, value in zip(torch.cat((i, j)).tolist(), torch.cat((u, v)), strict=True):
+        total[place] = total.get(place, 0) + value
+    places = sorted(total)
+    return [torch.tensor(places), torch.stack([total[place] for place in places])]
 
 
 @exercise(
