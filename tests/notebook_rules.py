@@ -366,6 +366,7 @@ OF_NO_METHOD = (
     *("foundations/", "reparametrization/lora_choices", "reparametrization/family"),
     "additive/other_ways",
     "additive/soft_prompts",
+    "selective/which_entries",
 )
 LINES, LINES_OF_CELL, COLUMNS, TRUTHS, WORDS, WORDS_OF_FOUNDATIONS = 220, 25, 88, 8, 1700, 2300
 
