@@ -45,7 +45,7 @@ class KronARes(SublayerHook):
         expect(isinstance(self.residual, bool), "residual", self.residual, "True or False")
 
     def build(self, sublayer: Sublayer) -> nn.Module:
-        square = sublayer.out.like.new_empty(sublayer.width, sublayer.width)
+        square = sublayer.out.like.new_empty(1).expand(sublayer.width, sublayer.width)  # its size and type
         return KroneckerBranch(KronA(self.s, self.shape).product(square, sublayer.name), self.residual)
 
 
