@@ -3,7 +3,7 @@
 import torch
 
 import guidelib as gl
-from guidelib.pages.answers import draw
+from guidelib.pages.answers import draw, more_saved
 from guidelib.pages.exercises import exercise
 
 
@@ -37,11 +37,5 @@ def project(differences, k):
 )
 def kept():
     """Measured: the saved bytes of gates on all queries that do not depend on the batch."""
-    model, _ = gl.load_backbone("minilm", task="movie-reviews")
-    found = []
-    for method in (gl.HeadOnly(), gl.DiffPruning(targets="q")):
-        peft = gl.attach(model, method)
-        few, more = (gl.measure(model, gl.token_batch(model, rows, 8)).saved_bytes for rows in (1, 2))
-        found.append(2 * few - more)
-        peft.detach()
-    return found[1] - found[0]
+    few, more = (more_saved(gl.HeadOnly(), gl.DiffPruning(targets="q"), rows=n, length=8) for n in (1, 2))
+    return 2 * few - more

@@ -3,7 +3,7 @@
 import torch
 
 import guidelib as gl
-from guidelib.pages.answers import draw
+from guidelib.pages.answers import difference, draw
 from guidelib.pages.exercises import exercise
 
 
@@ -46,11 +46,10 @@ def add(i, u, j, v):
 )
 def dense():
     """Measured: by how many bytes a step of phase 1 is larger than one of full fine-tuning."""
-    model, _ = gl.load_backbone("minilm", task="movie-reviews")
-    batch, found = gl.token_batch(model, 8, 32), []
-    for method in (gl.FullFineTuning(), gl.LTSFT()):
-        peft = gl.attach(model, method)
-        method.prepare(peft, [])
-        found.append(gl.measure(model, batch).memory.total)
-        peft.detach()
-    return found[1] - found[0]
+
+    def total(model):
+        peft = gl.attached(model)
+        peft.method.prepare(peft, [])
+        return gl.measure(model, gl.token_batch(model, 8, 32)).memory.total
+
+    return difference(total, gl.FullFineTuning(), gl.LTSFT())

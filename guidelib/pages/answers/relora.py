@@ -3,6 +3,7 @@
 import torch
 
 import guidelib as gl
+from guidelib.pages.answers import difference
 from guidelib.pages.exercises import exercise
 
 
@@ -36,11 +37,9 @@ def teeth(step, total, restarts, warmup):
 )
 def more():
     """Measured: bytes of gradients, moments and activations, LoRA of rank 32 against ReLoRA of rank 8."""
-    model, _ = gl.load_backbone("minilm", "movie-reviews")
-    found = []
-    for method in (gl.ReLoRA(r=8, targets=("q", "v"), restarts=3), gl.LoRA(r=32)):
-        peft = gl.attach(model, method)
+
+    def held(model):
         cost = gl.measure(model, gl.token_batch(model, 8, 32))
-        found.append(cost.gradient_bytes + cost.optimizer_bytes + cost.saved_bytes)
-        peft.detach()
-    return found[1] - found[0]
+        return cost.gradient_bytes + cost.optimizer_bytes + cost.saved_bytes
+
+    return difference(held, gl.ReLoRA(r=8, targets=("q", "v"), restarts=3), gl.LoRA(r=32))
