@@ -111,6 +111,7 @@ METHOD_CASES = {
     "phm": Case(gl.PHMAdapter(r=4), "near", 0.3),
     "phm-low-rank": Case(gl.ParallelAdapter(r=4, linear=gl.PHM(n=2, rank=2)), "near", 0.3),
     "compacter": Case(gl.Compacter(r=4), "near", 1e-3),
+    "compacter++": Case(gl.CompacterPlusPlus(r=4), "near", 1e-3),
     "krona-res": Case(gl.KronARes()),
     "krona-res-everywhere": Case(gl.KronARes(sublayers=("attn", "ffn"), residual=False)),
     "mam": Case(gl.MAM(length=3, mlp=4, r=4), "none"),

@@ -64,7 +64,7 @@ class Sparse(Method):
         head, parameters = anatomy.head(), anatomy.parameters()
         if self.targets is not None:
             sites = anatomy.linears(self.targets)
-            for layer in {site.module for site in sites}:
+            for layer in dict.fromkeys(site.module for site in sites):
                 mine = [site for site in sites if site.module is layer]
                 whole = sum(site.weight.numel() for site in mine) == mine[0].parameter.numel()
                 accepted = f"all maps of the layer that holds {mine[0].name}"
