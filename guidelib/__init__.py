@@ -29,6 +29,7 @@ _MODULES = {
     "guidelib.hybrid.compacter": ("PHM", "PHMAdapter", "Compacter", "CompacterPlusPlus"),
     "guidelib.hybrid.krona_res": ("KronARes",),
     "guidelib.hybrid.mam": ("MAM",),
+    "guidelib.hybrid.unipelt": ("UniPELT",),
     "guidelib.materials.backbones": ("load_backbone",),
     "guidelib.costs.measure": ("Costs", "measure"),
     "guidelib.costs.plan": ("memory_plan",),
@@ -46,6 +47,7 @@ _MODULES = {
     "guidelib.pages.viz": ("panel", "slider", "style", "table"),
     "guidelib.core.attaching": ("Attachment", "Count", "attach", "attached", "load", "using"),
     "guidelib.core.method": ("Expression", "Method", "On", "Sum"),
+    "guidelib.core.points.gate": ("Gated",),
     "guidelib.reparametrization.adalora": ("AdaLoRA",),
     "guidelib.reparametrization.flora": ("FLoRA", "load_loras"),
     "guidelib.reparametrization.krona": ("KronA",),
@@ -100,7 +102,7 @@ METHODS = {  # by the survey's classes; the anchors belong to none
     "reparametrization": (
         *("LoRA", "AdaLoRA", "DoRA", "GLoRA", "ReLoRA", "QLoRA", "FLoRA", "KronA", "IntrinsicSAID"),
     ),
-    "hybrid": ("PHMAdapter", "Compacter", "CompacterPlusPlus", "KronARes", "MAM"),
+    "hybrid": ("PHMAdapter", "Compacter", "CompacterPlusPlus", "KronARes", "MAM", "UniPELT"),
 }
 
 __all__ = [*sorted(_HOME), "METHODS"]

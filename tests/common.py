@@ -115,6 +115,8 @@ METHOD_CASES = {
     "krona-res": Case(gl.KronARes()),
     "krona-res-everywhere": Case(gl.KronARes(sublayers=("attn", "ffn"), residual=False)),
     "mam": Case(gl.MAM(length=3, mlp=4, r=4), "none"),
+    "unipelt": Case(gl.UniPELT(length=3, mlp=4, bottleneck=4, r=2), "none"),
+    "gated": Case(gl.Gated(gl.LoRA(r=2, targets="all") + gl.PrefixTuning(length=2)), "none"),
     "prompt": Case(gl.PromptTuning(length=4), "none"),
     "prompts": Case(gl.PromptTuning(length=3, tasks=2), "none"),
     "prefixes": Case(gl.PrefixTuning(length=2, tasks=2), "none"),

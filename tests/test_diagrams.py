@@ -46,6 +46,7 @@ EXPECTED = {  # method -> the places that its paper speaks of
     "AdaMix": {2},
     "KronARes": {2},
     "MAM": {2, 3},
+    "UniPELT": {1, 2, 3},
     **dict.fromkeys(gl.METHODS["soft prompts"], {3}),
     **dict.fromkeys(("LST", "AttentionFusion", "LeTS"), {4}),
 }

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from common import batch, build, outputs, randomise
+from common import BACKBONES, DECODERS, batch, build, outputs, randomise
 from test_adapters import golden, golden_model, meta, theirs  # noqa: F401 (golden is a fixture)
 
 import guidelib as gl
 from guidelib.core.method import Spec
 from guidelib.core.points.context import PrefixPart
+from guidelib.core.points.sublayer import SublayerPart
+from guidelib.core.points.weight_delta import DeltaPart
 from guidelib.hybrid.compacter import PHMLinear
 
 
@@ -136,6 +138,173 @@ def test_mam_has_the_papers_count():
     count = gl.attach(meta(dict(model_type="bart")), gl.MAM(mlp=None)).count()
     assert count.stored == 27_414_528
     assert round(100 * count.stored / count.total, 2) == 6.75
+
+
+def theirs_too(part, name):
+    """AdapterHub's name for a parameter of UniPELT."""
+
+    def gate(name):
+        return name.replace("gating.", "gate.")
+
+    place = part.sublayer.name if isinstance(part, SublayerPart) else part.place
+    layer = f"encoder.layer.{place.split('.')[1]}"
+    if isinstance(part, PrefixPart):
+        start = f"{layer}.attention.self.prefix_tuning"
+        flat = f"{start}.pool.prefix_tunings.one.self_prefix.control_trans"
+        return flat if name == "prefix.P" else f"{start}.prefix_gates.one.{name.removeprefix('gating.')}"
+    if isinstance(part, DeltaPart):
+        place = {"q": "query", "v": "value"}[part.site.role.removeprefix("self.")]
+        return f"{layer}.attention.self.{place}.loras.one.{gate(name).replace('delta.', 'lora_')}"
+    if name.startswith("gating."):
+        return f"{layer}.output.adapters.one.{gate(name)}"
+    return theirs(part, name)
+
+
+def test_unipelt_is_adapterhubs(golden):  # noqa: F811
+    """Its gates are means over the padding as well, so no text is padded."""
+    model = golden_model(golden)
+    attachment = gl.attach(model, gl.UniPELT(length=5, mlp=None, bottleneck=4, r=4))
+    named = [(part, name, p) for part in attachment.parts for name, p in part.named_parameters()]
+    prefixes = [p for part, name, p in named if name == "prefix.P"]  # one tensor of theirs holds them all
+
+    def stored(kind, part, name, p):
+        if name != "prefix.P":
+            return golden[f"unipelt/{kind}/{theirs_too(part, name)}"].reshape(p.shape)
+        (key,) = (k for k in golden if k.startswith(f"unipelt/{kind}/") and k.endswith("control_trans"))
+        i = next(i for i, prefix in enumerate(prefixes) if prefix is p)
+        return golden[key].view(5, 2, 2, 32)[:, i]
+
+    assert len(named) == 2 * (3 + 6 + 2 * 4)
+    with torch.no_grad():
+        for part, name, p in named:
+            p.copy_(stored("value", part, name, p))
+    output = model(golden["input_ids"]).last_hidden_state
+    assert (output - golden["unipelt/output"]).abs().max() < 1e-12
+    (output * golden["weights"]).sum().backward()
+    for part, name, p in named:
+        assert (p.grad - stored("gradient", part, name, p)).abs().max() < 1e-12, (part.name, name)
+
+
+def gates_at(attachment, value):
+    """Set all gates to sigmoid(value), whatever is read; 40 is 1 to the last bit, -800 is 0."""
+    for part in attachment.parts:
+        if part.gating is not None:
+            part.gating.weight.data.zero_()
+            part.gating.bias.data.fill_(value)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_open_gates_are_no_gates_and_closed_ones_leave_the_base(backbone):
+    method, inputs = gl.LoRA(r=2, targets="all") + gl.PfeifferAdapter(r=3), batch(backbone)
+    model = build(backbone)
+    attachment = gl.attach(model, gl.Gated(method))
+    randomise(attachment)
+    plain, trained = build(backbone), dict(model.named_parameters())
+    gl.attach(plain, method)
+    for name, p in plain.named_parameters():
+        p.data.copy_(trained[name])
+    gates_at(attachment, 40.0)
+    assert (outputs(model, inputs) - outputs(plain, inputs)).abs().max() < 1e-12
+    gates_at(attachment, -800.0)
+    gl.attached(plain).detach()
+    for name, p in plain.named_parameters():
+        p.data.copy_(trained[name])  # the head
+    assert torch.equal(outputs(model, inputs), outputs(plain, inputs))
+
+
+def test_a_gate_does_not_take_a_prefix_away():
+    """Its keys are zero then, and so are the scores, not minus infinity."""
+    model, inputs = build("tiny-bert"), batch("tiny-bert")
+    base = outputs(model, inputs)
+    attachment = gl.attach(model, gl.Gated(gl.PrefixTuning(length=3)))
+    gates_at(attachment, -800.0)
+    closed = outputs(model, inputs)
+    assert (closed - base).abs().max() > 1e-3
+    for part in attachment.parts:
+        if part.gating is not None:
+            part.prefix.P.data.zero_()
+    gates_at(attachment, 0.0)
+    assert torch.equal(outputs(model, inputs), closed)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("backbone", [*DECODERS, "tiny-t5-random", "tiny-bert"])
+def test_a_gated_prefix_is_its_definition(backbone, attention):
+    """Token for token: the prefix of a token is multiplied by the gate of that token, or of its text."""
+    model, inputs = build(backbone), batch(backbone)
+    model.set_attn_implementation(attention)
+    attachment = gl.attach(model, gl.Gated(gl.PrefixTuning(length=3)) + gl.PrefixTuning(length=2))
+    randomise(attachment)
+    whole, kept = outputs(model, inputs), {}
+    part = next(p for p in attachment.parts if p.gating is not None and p.attention.role == "self")
+    each = part.gating.mask is None
+    assert each == (backbone in DECODERS)  # T5's first part is in its encoder
+    part.gating.register_forward_hook(lambda m, args, g: kept.setdefault("g", g.detach()))
+    assert torch.equal(outputs(model, inputs), whole)
+    g, found = kept["g"], []
+    prefix = part.prefix.P.data.clone()
+    for i in range(g.shape[1] if each else len(g)):
+        # all tokens, or texts, get the one's gate, by way of the prefix; that one is then as it was
+        one = g[0, i] if each else g[i, 0]
+        part.prefix.P.data.copy_(prefix * one)
+        hook = part.gating.register_forward_hook(lambda m, args, g: torch.ones_like(g))
+        states = []
+        attend = part.attention.module
+        inner = attend.register_forward_hook(lambda m, args, y, states=states: states.append(y[0]))
+        outputs(model, inputs)
+        inner.remove()
+        hook.remove()
+        found.append(states[0][0, i] if each else states[0][i])
+    part.prefix.P.data.copy_(prefix)
+    states = []
+    part.attention.module.register_forward_hook(lambda m, args, y, states=states: states.append(y[0]))
+    outputs(model, inputs)
+    wanted = states[0][0] if each else states[0]
+    assert (torch.stack(found) - wanted).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (gl.FullFineTuning(), "train nothing of the base in place to be gated, got FullFineTuning"),
+        (gl.IA3(), "add something beside a map to be gated, got IA3: IA3_"),
+        (gl.PromptTuning(length=2), "add something beside a map to be gated, got PromptTuning"),
+        (gl.LST(), "add something beside a map to be gated, got LST"),
+        (gl.DoRA(r=2), "add something beside a map to be gated, got DoRA"),
+    ],
+)
+def test_what_cannot_be_gated_says_so(method, words):
+    model = build("tiny-bert")
+    with pytest.raises(ValueError, match=words):
+        gl.attach(model, gl.Gated(method))
+    assert not hasattr(model, "guidelib")
+
+
+BERT_BASE = dict(model_type="bert")
+T5_LARGE = dict(model_type="t5", d_model=1024, d_ff=4096, num_layers=24, num_heads=16)
+
+
+def added(config, method):
+    return gl.attach(meta(config), method).count().trainable
+
+
+def test_unipelt_has_the_papers_counts():
+    """Its Table prints 184 K, 295 K, 895 K and 1.1 M, without gates."""
+    prefix, lora, adapter = gl.PrefixTuning(10), gl.LoRA(r=8), gl.PfeifferAdapter(48)
+    found = [added(BERT_BASE, method) for method in (prefix, lora, adapter, prefix + adapter)]
+    assert found == [184_320, 294_912, 894_528, 1_078_848]
+    assert added(BERT_BASE, gl.UniPELT(mlp=None)) == sum(found[:3]) + 12 * 4 * (768 + 1)
+    assert added(BERT_BASE, gl.UniPELT(mlp=None, lora=False)) == found[3] + 12 * 2 * (768 + 1)
+
+
+def test_counts_that_the_surveys_second_version_logged_on_t5_large():
+    assert added(T5_LARGE, gl.PrefixTuning(30)) == 4_423_680
+    assert added(T5_LARGE, gl.PrefixTuning(30, 512)) == 77_311_488
+    assert added(T5_LARGE, gl.MAM()) == 171_069_792
+    assert added(T5_LARGE, gl.UniPELT(bottleneck=64)) == 86_223_624
+    # without the norms, which the paper trains and the second version does not
+    assert added(T5_LARGE, gl.Compacter(r=32, sublayers=("self", "ffn"), norms=False)) == 304_192
+    assert added(T5_LARGE, gl.CompacterPlusPlus(r=32, norms=False)) == 152_128
 
 
 def test_an_expression_is_a_value():

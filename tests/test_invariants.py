@@ -607,7 +607,7 @@ COMPILED = [  # every method, in as few graphs as their places allow
     gl.LST(reduction=4),
     gl.AttentionFusion(),
     gl.LeTS(),
-    gl.MAM(length=2, mlp=4, r=2),
+    gl.MAM(length=2, mlp=4, r=2) + gl.UniPELT(length=2, mlp=4, bottleneck=2, r=2),
     gl.BitFit(add=True) + gl.NormTuning() + gl.CrossAttentionTuning("self"),
     gl.LatePromptTuning(length=2) + gl.LatePromptTuning(length=2, bottleneck=2),
     gl.QLoRA(r=2),

@@ -147,7 +147,7 @@ FIELDS = {
     "mask": st.none() | st.integers(2, 19), "layer": st.none() | st.integers(1, 2),
     **dict.fromkeys(("first", "priming"), st.sampled_from((0.1, 0.5))), "rewind": seldom,
     "penalty": st.sampled_from((0.0, 1e-3)), "structured": st.booleans(), "gate_lr": positive,
-    "dense_lr": st.none() | positive, "residual": st.booleans(),
+    "lora": st.booleans(), "dense_lr": st.none() | positive, "residual": st.booleans(),
     "score": st.sampled_from(SCORES), "samples": st.integers(1, 4),
     "sources": st.just(()), "weights": st.none(), "space": st.none(),
     **{name: st.sampled_from(forms) for name, forms in FORMS.items()},
@@ -185,6 +185,7 @@ def wider(methods: st.SearchStrategy[Method]) -> st.SearchStrategy[Method]:
             st.sampled_from((None, None, None, "encoder", "decoder")),
         ),
         st.builds(gl.AdapterDrop, methods, drop=st.integers(0, 1), random=seldom),
+        st.builds(gl.Gated, methods),
         st.builds(lambda a, b: a + b, methods, methods),
     )
 

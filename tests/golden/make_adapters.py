@@ -1,4 +1,5 @@
-"""Golden tensors of AdapterHub's library, for tests/test_adapters.py and tests/test_soft_prompts.py.
+"""Golden tensors of AdapterHub's library, for tests/test_adapters.py, tests/test_hybrid.py and
+tests/test_soft_prompts.py.
 
 That library pins an older transformers, so it has an environment of its own:
 
@@ -23,10 +24,12 @@ from adapters import (
     CompacterPlusPlusConfig,
     DoubleSeqBnConfig,
     Fuse,
+    LoRAConfig,
     MAMConfig,
     ParBnConfig,
     PrefixTuningConfig,
     SeqBnConfig,
+    UniPELTConfig,
 )
 from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
@@ -52,6 +55,11 @@ CONFIGURATIONS = {
     "compacter": CompacterConfig(reduction_factor=8, phm_dim=4),
     "compacter++": CompacterPlusPlusConfig(reduction_factor=8, phm_dim=2),
     "compacter++-plain": CompacterPlusPlusConfig(reduction_factor=8, phm_dim=2, original_ln_before=False),
+    "unipelt": UniPELTConfig(
+        PrefixTuningConfig(flat=True, prefix_length=5, dropout=0.0),
+        SeqBnConfig(reduction_factor=8, original_ln_before=False),
+        LoRAConfig(r=4, alpha=2),
+    ),
 }
 
 
@@ -90,13 +98,16 @@ def main():
         model.double().eval()
         kinds = {"prefix": "control_trans wte", "compacter": "adapter phm_rule"}
         kinds["mam"] = "control_trans adapter"
+        kinds["unipelt"] = "control_trans adapter lora gate"
         kind = kinds.get(name.split("-")[0].strip("+"), "adapter")
         parameters = dict(model.named_parameters())
         added = {key: p for key, p in parameters.items() if any(word in key for word in kind.split())}
         with torch.no_grad():
             for parameter in added.values():
                 parameter.copy_(random_numbers(generator, parameter.shape, 0.3))
-        output = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        # its gates are means over all places, padding included, which guidelib leaves out: so none is padded
+        seen = torch.ones_like(mask) if name == "unipelt" else mask
+        output = model(input_ids=ids, attention_mask=seen).last_hidden_state
         (output * weights.double()).sum().backward()
         tensors[f"{name}/output"] = output.detach()
         for key, parameter in added.items():

@@ -75,6 +75,7 @@ class RandomDrop(Part):
     the same n.
     """
 
+    serves = True
     why_not = "the adapters that it switches cannot"
 
     def __init__(self, method: AdapterDrop, backbone: nn.Module, adapters: list[SublayerPart]):

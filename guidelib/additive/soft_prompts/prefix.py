@@ -106,6 +106,8 @@ class Flat(nn.Module):
 class Made(Part):
     """The prefixes of all attentions of a kind, made once for each pass through their stack."""
 
+    serves = True
+
     def __init__(
         self, method: PrefixTuning, kind: str, body: Body, n: int, length: int, width: int, like: torch.Tensor
     ):

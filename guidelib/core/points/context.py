@@ -225,18 +225,12 @@ class LatePart(Part):
     def _made(self, states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """The prompt (B, l, d)."""
         if self.reads_text:
-            seen = torch.ones_like(states[..., :1]) if mask is None else self._text(mask).to(states.dtype)
+            seen = torch.ones_like(states[..., :1]) if mask is None else text_in(mask).to(states.dtype)
             mean = (states * seen).sum(1) / seen.sum(1)
             prompt = self.prompt(mean.to(next(self.prompt.parameters()).dtype))  # 32 bits beside 16
         else:
             prompt = self.prompt(len(states)).expand(len(states), -1, -1)
         return prompt.to(states.dtype)
-
-    @staticmethod
-    def _text(mask: torch.Tensor) -> torch.Tensor:
-        """(B, T, 1): what is text and no padding, by what the last token sees."""
-        last = mask[:, 0, -1]
-        return (last if last.dtype == torch.bool else last == 0).unsqueeze(-1)
 
     def _seen(self, mask: torch.Tensor, new: bool) -> torch.Tensor:
         """The mask (B, 1, queries, keys) with the prompt among the keys and, if it is new, the queries."""
@@ -293,16 +287,24 @@ class PrefixPart(Part):
         found = call.layer.config
         whole, others = (found.whole, found.parts) if isinstance(found, _Config) else (found, ())
         config = _Config(whole, self._eager, (*others, self))
-        return call.on(passes.twin(call.layer, config=config))(*args, **kwargs)
+        call = call.on(passes.twin(call.layer, config=config))
+        if self.gating is None:
+            return call(*args, **kwargs)
+        with passes.noted({self: self.gating(args[0] if args else kwargs["hidden_states"])}):
+            return call(*args, **kwargs)
 
-    def forward(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Its keys and values before the text's, (B, heads, P + T, width of a head) each."""
+    def forward(self, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Its keys and values (B, heads, P, width of a head), in the form of the text's ``key``, and their
+        gates (B, 1, T, 1) where each query has its own; a text's one has multiplied them already."""
         rows, heads, _, width = key.shape
-        prefix = self.prefix(rows).to(key.dtype)  # (P, 2, heads * width)
+        prefix = self.prefix(rows)  # (P, 2, heads * width)
         if prefix.dim() == 3:
             prefix = prefix.expand(rows, -1, -1, -1)
-        keys, values = prefix.view(rows, -1, 2, heads, width).permute(2, 0, 3, 1, 4)
-        return torch.cat((keys, key), 2), torch.cat((values, value), 2)
+        gate = None if self.gating is None else passes.notes()[self].unsqueeze(1)
+        if gate is not None and self.gating.mask is not None:
+            prefix, gate = gate * prefix, None
+        keys, values = prefix.to(key.dtype).view(rows, -1, 2, heads, width).permute(2, 0, 3, 1, 4)
+        return keys, values, None if gate is None else gate.to(key.dtype)
 
 
 class _Config:
@@ -339,8 +341,21 @@ def _attend(
         attention_mask is None and causal and n > 1
     ):  # it was left to the kernel, which counts from the first key
         attention_mask = torch.ones(n, kept, dtype=torch.bool, device=key.device).tril(kept - n)[None, None]
+    width, text, gates = query.shape[-1], key, []
     for part in config.parts:
-        key, value = part(key, value)
+        keys, values, gate = part(text)
+        if gate is not None:
+            # a query's gate multiplies its scores and the values that it takes: so the prefix meets a gated
+            # copy of the query, beside the own one, and what it gives comes out beside what the text does
+            kwargs["scaling"] = width**-0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
+            beside = query.shape[-1]
+            query = torch.cat((query, gate * query[..., :width]), -1)
+            key, value = F.pad(key, (0, width)), F.pad(value, (0, width))
+            keys, values = F.pad(keys, (beside, 0)), F.pad(values, (beside, 0))
+        elif key.shape[-1] > width:
+            keys, values = (F.pad(made, (0, key.shape[-1] - width)) for made in (keys, values))
+        key, value = torch.cat((keys, key), 2), torch.cat((values, value), 2)
+        gates.append(gate)
     p = key.shape[2] - kept
     if attention_mask is not None:
         seen = True if attention_mask.dtype == torch.bool else 0.0
@@ -348,7 +363,12 @@ def _attend(
     if (bias := kwargs.get("position_bias")) is not None:
         kwargs["position_bias"] = F.pad(bias, (p, 0))
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, config.eager)
-    return attend(module, query, key, value, attention_mask, is_causal=False, **kwargs)
+    output, weights = attend(module, query, key, value, attention_mask, is_causal=False, **kwargs)
+    gated = [gate.transpose(1, 2) for gate in gates if gate is not None]
+    own, *others = output.split(width, -1)  # (B, T, heads, width) each
+    for gate, other in zip(gated, others, strict=True):
+        own = own + gate * other
+    return own, weights
 
 
 ALL_ATTENTION_FUNCTIONS.register(_Config._attn_implementation, _attend)
@@ -367,6 +387,12 @@ def text_of(output: Any, out: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 def arguments(module: nn.Module) -> list[str]:
     """The names of the arguments of the module's own forward, in order."""
     return [*inspect.signature(type(module).forward).parameters][1:]
+
+
+def text_in(mask: torch.Tensor) -> torch.Tensor:
+    """(B, T, 1): what is text and no padding, by what the last token sees in a block's mask."""
+    last = mask[:, 0, -1]
+    return (last if last.dtype == torch.bool else last == 0).unsqueeze(-1)
 
 
 def cache_in(given: dict[str, Any]) -> Any:

@@ -29,10 +29,12 @@ class Part(nn.Module):
     reads: bool = False  # whether its effect depends on the weight that it finds
     last: bool = False  # whether it stands behind all others, wherever it is in a sum
     inside: bool = False  # whether it acts within the layer, and so before all that act on the layer's output
+    serves: bool = False  # whether it acts through other parts alone
     closed: tuple[nn.Module, ...] = ()  # through which it lets no gradient, so that nothing trains there
 
     def __init__(self):
         super().__init__()
+        self.gating: nn.Module | None = None  # what multiplies its effect: see gate.py
         self._plugged: dict[nn.Module, Detour | None] = {}  # a plain dict does not make them children
 
     def plug(self) -> None:

@@ -129,4 +129,7 @@ class SublayerPart(Part):
         # the added parameters stay in 32 bits beside a 16-bit base, which would round small updates away
         dtype = next(self.module.parameters()).dtype
         inner = read if autocasts(read) else read.to(dtype)
-        return self.module(inner).to(read.dtype)
+        change = self.module(inner)
+        if self.gating is not None:
+            change = self.gating(read) * change
+        return change.to(read.dtype)

@@ -8,7 +8,7 @@ frozen layer's output y = W x + b without forming W'.  The tests hold the two eq
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -138,7 +138,8 @@ class DeltaPart(Part):
 
     @property
     def mergeable(self) -> bool:
-        return not (self.site.fault or (self.delta.moves_bias and self.site.bias is None))
+        gated = self.gating is not None
+        return not (gated or self.site.fault or (self.delta.moves_bias and self.site.bias is None))
 
     @property
     def site(self) -> Site:
@@ -149,7 +150,9 @@ class DeltaPart(Part):
         return self.site.name
 
     @property
-    def places(self) -> dict[Place, int]:
+    def places(self) -> Mapping[Place, int | torch.Tensor]:
+        if self.gating is not None:
+            return super().places
         layer, rows = self.site.module, self.site.rows
         weight = getattr(layer, "weight", layer)  # a layer that is not plain may hold none
         trained = getattr(weight, "requires_grad", False)
@@ -178,10 +181,18 @@ class DeltaPart(Part):
         x, rows = args[0], self.site.rows
         base = self.found(standing(module)) if self.reads else (None, None)
         if rows is None:
-            return self.delta.adjust(x, output, *base)
+            return self._adjust(x, output, *base)
         # one map of a fused projection: only its own outputs change
         before, own, after = output[..., : rows.start], output[..., rows], output[..., rows.stop :]
-        return torch.cat((before, self.delta.adjust(x, own, *base), after), dim=-1)
+        return torch.cat((before, self._adjust(x, own, *base), after), dim=-1)
+
+    def _adjust(
+        self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        if self.gating is None:
+            return self.delta.adjust(x, y, weight, bias)
+        change = self.delta.adjust(x, y.new_zeros(()), weight, bias)
+        return y + (self.gating(x) * change).to(y.dtype)
 
     @torch.no_grad()
     def merge(self, keep: Callable[[nn.Parameter], None]) -> None:
