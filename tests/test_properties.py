@@ -25,7 +25,7 @@ from guidelib.additive.adapters.linear import INITS
 from guidelib.core.anatomy import ATTENTION_NAMES, SUBLAYER_NAMES
 from guidelib.core.architectures import ARCHITECTURES, TARGET_NAMES
 from guidelib.core.method import Method
-from guidelib.core.points.sparse_delta import Sparse
+from guidelib.core.points.sparse_delta import Selecting
 from guidelib.core.points.sublayer import POINTS
 from guidelib.materials.backbones import MeanPoolClassifier
 from guidelib.reparametrization.glora import FORMS
@@ -162,7 +162,7 @@ def single(draw, name: str) -> Method:
     """One with random hyper-parameters of those that its class accepts."""
     kind = getattr(gl, name)
     fields = FIELDS | {"adapter": single("PfeifferAdapter")}
-    if issubclass(kind, Sparse):
+    if issubclass(kind, Selecting):
         fields |= {"targets": st.none() | FIELDS["targets"], "keep": st.sampled_from((0.01, 0.2, 1.0))}
     arguments = {field.name: draw(fields[field.name]) for field in dataclasses.fields(kind)}
     if arguments.get("form") == "multiply":

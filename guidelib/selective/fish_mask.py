@@ -23,14 +23,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from guidelib.core.method import Attached, expect
-from guidelib.core.points.sparse_delta import Sparse
+from guidelib.core.points.sparse_delta import Selecting
 
 SCORES = ("expected", "empirical", "magnitude", "random")
 Example = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class FishMask(Sparse):
+class FishMask(Selecting):
     """Train the share ``keep`` of the entries with the highest scores, taken over all parameters.
 
     score: "expected" takes the mean over the labels that the model itself expects: exactly over the classes,

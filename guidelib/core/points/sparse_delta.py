@@ -35,7 +35,7 @@ GATHERED = 2**20  # numbers that are gathered at once
 
 
 @dataclass(frozen=True)
-class Sparse(Method):
+class Selecting(Method):
     """Base of the methods that train a share ``keep`` of the entries of the base parameters.
 
     targets: the roles (see anatomy.py) of the linear maps to choose from, of a fused layer all of its maps;
@@ -79,7 +79,7 @@ class Sparse(Method):
 
 
 @dataclass(frozen=True)
-class Narrowing(Sparse):
+class Narrowing(Selecting):
     """Base of the methods that train all entries before they train the few.
 
     dense_lr: the learning rate meanwhile; None: the same.  A few entries may take a much higher one.
