@@ -102,30 +102,27 @@ class Narrowing(Selecting):
         return {} if dense is None or self.dense_lr is None else dict.fromkeys(dense, self.dense_lr)
 
 
-class SparseDelta(WeightSpacePart):
-    """The support and the values of one method.
+class Support(Part):
+    """Base of the parts that hold k entries of several tensors, each of which has a name.
 
-    indices: places in the flattened parameters, ascending in each.  sizes: how many of them are in which
-    parameter, in the order of ``parameters``.
-
-    dense: while it is open, all entries are trained in the place of the few, to see which ones matter; None
-    otherwise.  start: what else a method gives back when it closes, by name; it is not saved.
+    values: (k,), trained.  indices: places in the flattened tensors, ascending in each.  sizes: how many of
+    them are in which tensor.
     """
 
-    def __init__(
+    def spread_over(
         self,
-        method: Method,
-        model: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
+        numels: Mapping[str, int],
         keep: float,
         saved: Mapping[str, torch.Tensor],
-    ):
-        super().__init__(method, model, parameters)
-        expect(bool(parameters), "model", type(model).__name__, "one with parameters beside its head")
-        self._index = {name: i for i, name in enumerate(parameters)}
-        self._numels = [p.numel() for p in parameters.values()]
-        total, first = sum(self._numels), next(iter(parameters.values()))
-        k, like = max(1, round(keep * total)), {"device": first.device, "dtype": added_dtype(first)}
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """Begin with the share ``keep`` of tensors of these sizes, at random places or at those of a file."""
+        self._index = {name: i for i, name in enumerate(numels)}
+        self._numels = [*numels.values()]
+        total = sum(self._numels)
+        k = max(1, round(keep * total))
         mine = f"{ADDED}.{self.name}."
         stored = {name.removeprefix(mine): t for name, t in saved.items() if name.startswith(mine)}
         if {"indices", "sizes"} <= stored.keys():
@@ -134,19 +131,13 @@ class SparseDelta(WeightSpacePart):
         else:  # as many in each as its share
             ends = [0, *(end * k // total for end in accumulate(self._numels))]
             sizes = [end - start for start, end in pairwise(ends)]
-            device = "meta" if first.is_meta else "cpu"
+            like = "meta" if device.type == "meta" else "cpu"
             pairs = zip(sizes, self._numels, strict=True)
-            indices = torch.cat([spread(n, size, device) for n, size in pairs])
-        self.values = nn.Parameter(torch.zeros(k, **like))
-        self.register_buffer("indices", indices.to(device=first.device, dtype=torch.int32))
-        self.register_buffer("sizes", torch.tensor(sizes, dtype=torch.int32, device=first.device))
-        self.dense: nn.ParameterList | None = None
-        self.start: dict[str, torch.Tensor] = {}
+            indices = torch.cat([spread(n, size, like) for n, size in pairs])
+        self.values = nn.Parameter(torch.zeros(k, device=device, dtype=dtype))
+        self.register_buffer("indices", indices.to(device=device, dtype=torch.int32))
+        self.register_buffer("sizes", torch.tensor(sizes, dtype=torch.int32, device=device))
         self._divide(sizes)
-
-    def open_in(self, saved: Mapping[str, torch.Tensor]) -> bool:
-        """Whether it is open in a file, of a training that was broken off."""
-        return f"{ADDED}.{self.name}.dense.0" in saved
 
     def _expect_support(self, k: int, sizes: list[int], indices: torch.Tensor) -> None:
         right = len(sizes) == len(self._numels) and sum(sizes) == k and indices.shape == (k,)
@@ -164,6 +155,54 @@ class SparseDelta(WeightSpacePart):
     def k(self) -> int:
         """How many entries are trained in the end."""
         return len(self.values)
+
+    @torch.no_grad()
+    def choose(self, scores: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Let the support be the k entries of the highest scores, a tensor for each.  Returns their places
+        where all are laid end to end."""
+        flat = torch.cat([score.flatten() for score in scores])
+        chosen = flat.topk(self.k, sorted=False).indices.sort().values
+        numels = torch.tensor(self._numels, device=chosen.device)
+        ends = numels.cumsum(0)
+        sizes = torch.searchsorted(chosen, ends).diff(prepend=ends.new_zeros(1))
+        self.support(chosen - (ends - numels).repeat_interleave(sizes), sizes)
+        return chosen
+
+    @torch.no_grad()
+    def support(self, indices: torch.Tensor, sizes: torch.Tensor) -> None:
+        """Let the k ``indices`` be the support, ``sizes`` of them in each tensor, and the values zero."""
+        self.values.zero_()
+        self.indices.copy_(indices)
+        self.sizes.copy_(sizes)
+        self._divide(sizes.tolist())
+
+
+class SparseDelta(WeightSpacePart, Support):
+    """The support and the values of one method, in the order of ``parameters``.
+
+    dense: while it is open, all entries are trained in the place of the few, to see which ones matter; None
+    otherwise.  start: what else a method gives back when it closes, by name; it is not saved.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        keep: float,
+        saved: Mapping[str, torch.Tensor],
+    ):
+        super().__init__(method, model, parameters)
+        expect(bool(parameters), "model", type(model).__name__, "one with parameters beside its head")
+        first = next(iter(parameters.values()))
+        numels = {name: p.numel() for name, p in parameters.items()}
+        self.spread_over(numels, keep, saved, device=first.device, dtype=added_dtype(first))
+        self.dense: nn.ParameterList | None = None
+        self.start: dict[str, torch.Tensor] = {}
+
+    def open_in(self, saved: Mapping[str, torch.Tensor]) -> bool:
+        """Whether it is open in a file, of a training that was broken off."""
+        return f"{ADDED}.{self.name}.dense.0" in saved
 
     @property
     def trained(self) -> bool:
@@ -233,26 +272,6 @@ class SparseDelta(WeightSpacePart):
         self.dense = None
         self.values.requires_grad_(True)
         self.values.grad = None
-
-    @torch.no_grad()
-    def choose(self, scores: Iterable[torch.Tensor]) -> torch.Tensor:
-        """Let the support be the k entries of the highest scores, a tensor for each parameter.  Returns their
-        places where all parameters are laid end to end."""
-        flat = torch.cat([score.flatten() for score in scores])
-        chosen = flat.topk(self.k, sorted=False).indices.sort().values
-        numels = torch.tensor(self._numels, device=chosen.device)
-        ends = numels.cumsum(0)
-        sizes = torch.searchsorted(chosen, ends).diff(prepend=ends.new_zeros(1))
-        self.support(chosen - (ends - numels).repeat_interleave(sizes), sizes)
-        return chosen
-
-    @torch.no_grad()
-    def support(self, indices: torch.Tensor, sizes: torch.Tensor) -> None:
-        """Let the k ``indices`` be the support, ``sizes`` of them in each parameter, and the values zero."""
-        self.values.zero_()
-        self.indices.copy_(indices)
-        self.sizes.copy_(sizes)
-        self._divide(sizes.tolist())
 
 
 def spread(n: int, size: int, device: str) -> torch.Tensor:
