@@ -30,6 +30,8 @@ _MODULES = {
     "guidelib.hybrid.krona_res": ("KronARes",),
     "guidelib.hybrid.mam": ("MAM",),
     "guidelib.hybrid.unipelt": ("UniPELT",),
+    "guidelib.hybrid.sparse": ("Sparse",),
+    "guidelib.hybrid.sparse_adapter": ("SparseAdapter", "SparseLoRA"),
     "guidelib.materials.backbones": ("load_backbone",),
     "guidelib.costs.measure": ("Costs", "measure"),
     "guidelib.costs.plan": ("memory_plan",),
@@ -102,7 +104,16 @@ METHODS = {  # by the survey's classes; the anchors belong to none
     "reparametrization": (
         *("LoRA", "AdaLoRA", "DoRA", "GLoRA", "ReLoRA", "QLoRA", "FLoRA", "KronA", "IntrinsicSAID"),
     ),
-    "hybrid": ("PHMAdapter", "Compacter", "CompacterPlusPlus", "KronARes", "MAM", "UniPELT"),
+    "hybrid": (
+        "PHMAdapter",
+        "Compacter",
+        "CompacterPlusPlus",
+        "KronARes",
+        "MAM",
+        "UniPELT",
+        "SparseAdapter",
+        "SparseLoRA",
+    ),
 }
 
 __all__ = [*sorted(_HOME), "METHODS"]

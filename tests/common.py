@@ -117,6 +117,12 @@ METHOD_CASES = {
     "mam": Case(gl.MAM(length=3, mlp=4, r=4), "none"),
     "unipelt": Case(gl.UniPELT(length=3, mlp=4, bottleneck=4, r=2), "none"),
     "gated": Case(gl.Gated(gl.LoRA(r=2, targets="all") + gl.PrefixTuning(length=2)), "none"),
+    "sparse-adapter": Case(gl.SparseAdapter(r=8, score="magnitude"), "near", 0.3),
+    "sparse-lora": Case(gl.SparseLoRA(r=8, score="synflow"), "near", 1.0),
+    "sparse-compacter": Case(gl.Sparse(gl.Compacter(r=4), 0.5, "magnitude"), "near", 1e-3),
+    "sparse-sum": Case(
+        gl.Sparse(gl.AdapterDrop(SMALL, 1, random=True) + gl.LoRA(r=2), score="random"), "near", 0.3
+    ),
     "prompt": Case(gl.PromptTuning(length=4), "none"),
     "prompts": Case(gl.PromptTuning(length=3, tasks=2), "none"),
     "prefixes": Case(gl.PrefixTuning(length=2, tasks=2), "none"),

@@ -40,6 +40,7 @@ EXPECTED = {  # method -> the places that its paper speaks of
     # Houlsby trains the norms as well, and Compacter's authors do
     **dict.fromkeys(("Adapter", "PHMAdapter", "Compacter", "CompacterPlusPlus"), {2, 5}),
     "PfeifferAdapter": {2},
+    "SparseAdapter": {2},
     "ParallelAdapter": {2},
     "AdapterFusion": {2},
     "AdapterDrop": {2},

@@ -30,8 +30,9 @@ from torch.func import functional_call, grad, jvp, vmap
 
 import guidelib as gl
 from guidelib.core.anatomy import ADDED
-from guidelib.core.method import _within
+from guidelib.core.method import within
 from guidelib.core.points import passes
+from guidelib.core.points.pruned import Pruned
 from guidelib.core.points.weight_delta import DeltaPart
 from guidelib.core.points.weight_space import WeightSpacePart
 from guidelib.costs.step import count_step
@@ -72,7 +73,7 @@ def defined(model, inputs):
         if isinstance(part, WeightSpacePart):
             for name in part.replaced:
                 weights[name] = part.effective(name, weights.get(name, parameters[name]))
-        else:
+        elif not isinstance(part, Pruned):  # which acts in the others
             write(weights, parameters, names[id(part.site.module)], part)
     for part in parts:
         part.unplug()
@@ -152,7 +153,7 @@ def test_2_weight_space_and_activation_space_agree_in_value_and_gradient(attache
     _, backbone, _, attachment = attached
     model, inputs = attachment.model, batch(backbone)
     parts = attachment.parts
-    if not parts or not all(isinstance(part, DeltaPart | WeightSpacePart) for part in parts):
+    if not parts or not all(isinstance(part, DeltaPart | WeightSpacePart | Pruned) for part in parts):
         assert not parts or not attachment.mergeable
         return
     randomise(attachment)
@@ -608,6 +609,7 @@ COMPILED = [  # every method, in as few graphs as their places allow
     gl.AttentionFusion(),
     gl.LeTS(),
     gl.MAM(length=2, mlp=4, r=2) + gl.UniPELT(length=2, mlp=4, bottleneck=2, r=2),
+    gl.SparseAdapter(r=4) + gl.SparseLoRA(r=4),
     gl.BitFit(add=True) + gl.NormTuning() + gl.CrossAttentionTuning("self"),
     gl.LatePromptTuning(length=2) + gl.LatePromptTuning(length=2, bottleneck=2),
     gl.QLoRA(r=2),
@@ -617,7 +619,7 @@ COMPILED = [  # every method, in as few graphs as their places allow
 
 
 def test_15_every_method_is_compiled_here():
-    there = {type(method).__name__ for each in COMPILED for method in _within(each)}
+    there = {type(method).__name__ for each in COMPILED for method in within(each)}
     assert {name for names in gl.METHODS.values() for name in names} <= there
 
 

@@ -27,6 +27,7 @@ from guidelib.core.architectures import ARCHITECTURES, TARGET_NAMES
 from guidelib.core.method import Method
 from guidelib.core.points.sparse_delta import Selecting
 from guidelib.core.points.sublayer import POINTS
+from guidelib.hybrid.sparse import SCORES as PRUNING
 from guidelib.materials.backbones import MeanPoolClassifier
 from guidelib.reparametrization.glora import FORMS
 from guidelib.selective.fish_mask import SCORES
@@ -154,7 +155,7 @@ FIELDS = {
     **dict.fromkeys(("rank_stabilized", "freeze_A", "double", "scales", "norms", "original_norm"), seldom),
 }  # fmt: skip
 NAMES = ("NF4", *(name for names in gl.METHODS.values() for name in names))
-WRAPPERS = ("AdapterDrop",)
+WRAPPERS = ("AdapterDrop",)  # and Sparse, which is no method of the survey
 
 
 @st.composite
@@ -164,6 +165,8 @@ def single(draw, name: str) -> Method:
     fields = FIELDS | {"adapter": single("PfeifferAdapter")}
     if issubclass(kind, Selecting):
         fields |= {"targets": st.none() | FIELDS["targets"], "keep": st.sampled_from((0.01, 0.2, 1.0))}
+    if kind in (gl.SparseAdapter, gl.SparseLoRA):
+        fields |= {"score": st.sampled_from(PRUNING), "keep": st.sampled_from((0.05, 0.5, 1.0))}
     arguments = {field.name: draw(fields[field.name]) for field in dataclasses.fields(kind)}
     if arguments.get("form") == "multiply":
         arguments["alpha"] = None
@@ -172,6 +175,15 @@ def single(draw, name: str) -> Method:
     try:
         return kind(**arguments)
     except ValueError:  # the values do not go together
+        assume(False)
+
+
+@st.composite
+def sparse(draw, methods: st.SearchStrategy[Method]) -> Method:
+    method, keep = draw(methods), draw(st.sampled_from((0.05, 0.5, 1.0)))
+    try:
+        return gl.Sparse(method, keep, draw(st.sampled_from(PRUNING)))
+    except ValueError:  # it writes to what it adds
         assume(False)
 
 
@@ -186,6 +198,7 @@ def wider(methods: st.SearchStrategy[Method]) -> st.SearchStrategy[Method]:
         ),
         st.builds(gl.AdapterDrop, methods, drop=st.integers(0, 1), random=seldom),
         st.builds(gl.Gated, methods),
+        sparse(methods),
         st.builds(lambda a, b: a + b, methods, methods),
     )
 
@@ -229,7 +242,11 @@ def train(attachment: gl.Attachment, inputs) -> None:
     own = method.rewrites(attachment.anatomy)
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad and n not in own}
     optimizer = torch.optim.AdamW(trained, lr=0.01) if trained else None
-    method.prepare(attachment, [inputs])
+    try:
+        method.prepare(attachment, [inputs])
+    except ValueError as refusal:
+        assume("it is 0 for all entries" not in str(refusal))  # a relu that is shut, say
+        raise
     for step in (1, 2):
         model.train().zero_grad()
         output = model(**inputs)

@@ -48,7 +48,7 @@ class Bounded(TorchFunctionMode):
         if saved is not None:
             self.calls = SAVED * (len(sizes) + len(saved))
             # some are made more than once: experts are copies of a first one
-            self.trained = 3 * sum(tensor.numel() for tensor in saved.values())
+            self.trained = 3 * sum(tensor.numel() for tensor in saved.values()) / method.density
 
     def __enter__(self) -> Bounded:
         self.thread = threading.get_ident()  # the hook would see the modules of others, too

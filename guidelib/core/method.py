@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -79,7 +79,11 @@ class Method(Spec):
 
     ``parts`` says what is added and where; ``select`` which base parameters are trained in place.  The five
     phase functions are called by ``fit``; most methods need none of them.
+
+    density: of the numbers that it makes, the share that a file holds at least.
     """
+
+    density: ClassVar[float] = 1.0
 
     def several(self, field: str, what: str = "role") -> None:
         """Make a tuple of what stands in ``field``, one name or several, so that equal names make equal
@@ -151,13 +155,14 @@ class Method(Spec):
         return On(copy.deepcopy(self), layers, stack)  # a copy: one method at two places is two methods
 
 
-def _within(value: Any) -> Iterator[Method]:
+def within(value: Any) -> Iterator[Method]:
     """The methods that a method is made of, itself included."""
     if isinstance(value, Method):
         yield value
-        value = tuple(getattr(value, field.name) for field in fields(value))
+        made = (value.method,) if isinstance(value, Expression) else ()
+        value = (*(getattr(value, field.name) for field in fields(value)), *made)
     for member in value if isinstance(value, tuple) else ():
-        yield from _within(member)
+        yield from within(member)
 
 
 @dataclass(frozen=True)
@@ -172,10 +177,14 @@ class Sum(Method):
         apart: list[Method] = []
         there: set[int] = set()
         for method in self.methods:  # one method at two places is two methods
-            shared = any(id(m) in there for m in _within(method))
+            shared = any(id(m) in there for m in within(method))
             apart.append(copy.deepcopy(method) if shared else method)
-            there |= {id(m) for m in _within(apart[-1])}
+            there |= {id(m) for m in within(apart[-1])}
         object.__setattr__(self, "methods", tuple(apart))
+
+    @property
+    def density(self):
+        return min((method.density for method in self.methods), default=1.0)
 
     def parts(self, anatomy, saved):
         parts = []
@@ -239,6 +248,10 @@ class Delegate(Method):
     """Base of the methods that hand their phases on to another one."""
 
     method: Method
+
+    @property
+    def density(self):
+        return self.method.density
 
     def prepare(self, attachment, batches):
         self.method.prepare(attachment, batches)

@@ -15,6 +15,7 @@ from guidelib.core.attaching import Attachment, attach
 from guidelib.core.method import Method, expect
 from guidelib.core.points.context import LatePart, PrefixPart, PromptPart
 from guidelib.core.points.part import Part
+from guidelib.core.points.pruned import Pruned
 from guidelib.core.points.side import SidePart
 from guidelib.core.points.sublayer import SublayerPart
 from guidelib.core.points.weight_delta import DeltaPart
@@ -94,6 +95,8 @@ def _lit(method: Method) -> tuple[Lit, str]:
 
 def _of_part(part: Part) -> tuple[Lit, set[int]]:
     every = set(range(DEPTH))
+    if isinstance(part, Pruned):
+        return [], set()  # it acts where those do that it is of
     trained = any(p.requires_grad for p in part.parameters())
     if isinstance(part, DeltaPart):
         return [(WEIGHTS[part.site.role], "beside")], {part.site.layer}
