@@ -16,8 +16,8 @@ Scores are compared over all matrices; to divide them by their sum, as is usual,
 
 count = k = keep * n of n entries, and what is no matrix: biases, norms, scales.  Stored: k indices, too.
 
-R is the authors' code: each adapter by itself gets a vector of ones.  It sets GraSP's temperature to 200, and
-uses none.
+R is the authors' code: each adapter by itself gets a vector of ones.  Its SynFlow has one round unless asked
+for more, and its GraSP sets a temperature of 200 and uses none.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@
 "Large-sparse" is the paper's advice: with the share ``keep``, make the adapter 1 / keep times as wide, for as
 many parameters.  count of a matrix: keep times its entries; biases stay.  Sparse LoRA merges, as LoRA does.
 
-"Sparse LoRA" is a name in the survey's figure alone; the paper prunes LoRA as one of its five adapters.
+The paper prunes five methods, LoRA among them, and the survey's figure has a name for that one.  Which
+adapter the name SparseAdapter means is our choice.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class SparseLoRA(Expression):
 
 
 class DrawnLoRA(LoRA):
-    """LoRA as the authors start it: A and B normal with standard deviation 0.02.  From B = 0 no score but a
-    random one could tell what is to stay, since it is a product with a weight or with its gradient."""
+    """LoRA whose factors both start normal with standard deviation 0.02: ``lora_init="bert"`` in the authors'
+    code.  Its default, B = 0, leaves a score nothing to tell entries apart by."""
 
     def build(self, site: Site) -> LowRank:
         low_rank = super().build(site)
