@@ -32,6 +32,7 @@ _MODULES = {
     "guidelib.hybrid.unipelt": ("UniPELT",),
     "guidelib.hybrid.sparse": ("Sparse",),
     "guidelib.hybrid.sparse_adapter": ("SparseAdapter", "SparseLoRA"),
+    "guidelib.hybrid.s4": ("S4",),
     "guidelib.materials.backbones": ("load_backbone",),
     "guidelib.costs.measure": ("Costs", "measure"),
     "guidelib.costs.plan": ("memory_plan",),
@@ -50,6 +51,7 @@ _MODULES = {
     "guidelib.core.attaching": ("Attachment", "Count", "attach", "attached", "load", "using"),
     "guidelib.core.method": ("Expression", "Method", "On", "Sum"),
     "guidelib.core.points.gate": ("Gated",),
+    "guidelib.core.method": ("Expression", "Method", "On", "Plan", "Sum"),
     "guidelib.reparametrization.adalora": ("AdaLoRA",),
     "guidelib.reparametrization.flora": ("FLoRA", "load_loras"),
     "guidelib.reparametrization.krona": ("KronA",),
@@ -113,6 +115,7 @@ METHODS = {  # by the survey's classes; the anchors belong to none
         "UniPELT",
         "SparseAdapter",
         "SparseLoRA",
+        "S4",
     ),
 }
 

@@ -48,6 +48,7 @@ EXPECTED = {  # method -> the places that its paper speaks of
     "KronARes": {2},
     "MAM": {2, 3},
     "UniPELT": {1, 2, 3},
+    "S4": {1, 2, 3, 5},
     **dict.fromkeys(gl.METHODS["soft prompts"], {3}),
     **dict.fromkeys(("LST", "AttentionFusion", "LeTS"), {4}),
 }

@@ -610,6 +610,7 @@ COMPILED = [  # every method, in as few graphs as their places allow
     gl.LeTS(),
     gl.MAM(length=2, mlp=4, r=2) + gl.UniPELT(length=2, mlp=4, bottleneck=2, r=2),
     gl.SparseAdapter(r=4) + gl.SparseLoRA(r=4),
+    gl.S4(8000, strategy=("APBL",) * 4),
     gl.BitFit(add=True) + gl.NormTuning() + gl.CrossAttentionTuning("self"),
     gl.LatePromptTuning(length=2) + gl.LatePromptTuning(length=2, bottleneck=2),
     gl.QLoRA(r=2),

@@ -28,6 +28,7 @@ from guidelib.core.method import Method
 from guidelib.core.points.sparse_delta import Selecting
 from guidelib.core.points.sublayer import POINTS
 from guidelib.hybrid.sparse import SCORES as PRUNING
+from guidelib.hybrid.s4 import ALLOCATIONS, GROUPINGS
 from guidelib.materials.backbones import MeanPoolClassifier
 from guidelib.reparametrization.glora import FORMS
 from guidelib.selective.fish_mask import SCORES
@@ -150,6 +151,9 @@ FIELDS = {
     "penalty": st.sampled_from((0.0, 1e-3)), "structured": st.booleans(), "gate_lr": positive,
     "lora": st.booleans(), "dense_lr": st.none() | positive, "residual": st.booleans(),
     "score": st.sampled_from(SCORES), "samples": st.integers(1, 4),
+    "budget": st.integers(100, 3000) | st.sampled_from((0.3, 0.9)), "grouping": st.sampled_from([*GROUPINGS]),
+    "allocation": st.sampled_from([*ALLOCATIONS]),
+    "strategy": st.tuples(*[st.sampled_from(("A", "B", "LP", "APBL", ""))] * 4),
     "sources": st.just(()), "weights": st.none(), "space": st.none(),
     **{name: st.sampled_from(forms) for name, forms in FORMS.items()},
     **dict.fromkeys(("rank_stabilized", "freeze_A", "double", "scales", "norms", "original_norm"), seldom),

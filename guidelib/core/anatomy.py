@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -232,6 +233,7 @@ class Anatomy:
         expect_weights(model)
         self.base = model.base_model
         self.restricted = False  # to some of the blocks
+        self.planned: list[tuple[Any, Any]] = []  # what each Plan (method.py) is on this model
         self.stacks = {
             name: stack for name, stack in ARCHITECTURES[self.kind].items() if _find(self.base, stack.blocks)
         }

@@ -253,26 +253,30 @@ class Delegate(Method):
     def density(self):
         return self.method.density
 
+    def inner(self, anatomy: Anatomy) -> Method:
+        """The other one, on a model with that anatomy."""
+        return self.method
+
     def prepare(self, attachment, batches):
-        self.method.prepare(attachment, batches)
+        self.inner(attachment.anatomy).prepare(attachment, batches)
 
     def rates(self, attachment):
-        return self.method.rates(attachment)
+        return self.inner(attachment.anatomy).rates(attachment)
 
     def regularizer(self, attachment):
-        return self.method.regularizer(attachment)
+        return self.inner(attachment.anatomy).regularizer(attachment)
 
     def batch_loss(self, attachment, batch, outputs):
-        return self.method.batch_loss(attachment, batch, outputs)
+        return self.inner(attachment.anatomy).batch_loss(attachment, batch, outputs)
 
     def after_step(self, attachment, step, total, optimizer):
-        self.method.after_step(attachment, step, total, optimizer)
+        self.inner(attachment.anatomy).after_step(attachment, step, total, optimizer)
 
     def lr_factor(self, step, total):
         return self.method.lr_factor(step, total)
 
     def finish(self, attachment):
-        self.method.finish(attachment)
+        self.inner(attachment.anatomy).finish(attachment)
 
 
 @dataclass(frozen=True)
@@ -296,13 +300,41 @@ class Expression(Delegate):
         raise NotImplementedError
 
     def parts(self, anatomy, saved):
-        return self.method.parts(anatomy, saved)
+        return self.inner(anatomy).parts(anatomy, saved)
 
     def select(self, anatomy):
-        return self.method.select(anatomy)
+        return self.inner(anatomy).select(anatomy)
 
     def rewrites(self, anatomy):
-        return self.method.rewrites(anatomy)
+        return self.inner(anatomy).rewrites(anatomy)
+
+
+class Plan(Expression):
+    """Base of the methods that are an expression of others which depends on the model, on how many layers it
+    has, say.  A subclass is a dataclass of hyper-parameters and says in ``plan`` what they make there.
+
+    Of methods that shape the learning rate it makes none: ``lr_factor`` knows of no model.
+    """
+
+    density: ClassVar[float] = 1.0
+
+    def __post_init__(self):
+        """There is nothing to make yet."""
+
+    def plan(self, anatomy: Anatomy) -> Method:
+        """The method on a model with that anatomy, which may be restricted."""
+        raise NotImplementedError
+
+    def inner(self, anatomy):
+        for plan, method in anatomy.planned:
+            if plan is self:
+                return method
+        method = self.plan(anatomy)
+        anatomy.planned.append((self, method))  # one for all phases: it is asked for the parts that it made
+        return method
+
+    def lr_factor(self, step, total):
+        return 1.0
 
 
 @dataclass(frozen=True)
