@@ -13,7 +13,7 @@ from test_adapters import meta
 import guidelib as gl
 from guidelib.core.anatomy import Anatomy
 from guidelib.core.method import Plan, Spec
-from guidelib.hybrid.s4 import ALLOCATIONS, GROUPINGS, SIZES, solve
+from guidelib.hybrid.s4 import ALLOCATIONS, COUNTS, GROUPINGS, solve
 
 T5_BASE = dict(model_type="t5", d_model=768, num_heads=12, num_layers=12, d_ff=3072)
 MINILM = dict(
@@ -73,11 +73,10 @@ def test_what_a_layer_has_is_what_its_sizes_say():
     method = gl.S4(76_800)
     attachment = gl.attach(meta(MINILM), method)
     found, anatomy = counts(attachment), attachment.anatomy
-    for stack, layer, letters, _ in method.layers(anatomy):
-        sizes = {letter: SIZES[letter](anatomy.restrict(layer, stack)) for letter in letters}
-        chosen = dict(solve(12_800, sizes))
-        wanted = sum(fixed + step * chosen[letter] for letter, (fixed, step) in sizes.items())
-        assert found[stack, layer] == wanted
+    for (stack, layer), sizes in method.sizes(anatomy).items():
+        inside = anatomy.restrict(layer, stack)
+        each = [(COUNTS[letter](inside), size) for letter, size in sizes.items()]
+        assert found[stack, layer] == sum(fixed + step * size for (fixed, step), size in each)
     assert list(found.values()) == [12_680, 12_679, 12_679, 12_293, 12_293, 12_672]
 
 
@@ -137,9 +136,9 @@ def test_the_budget_is_of_the_layers_that_are_tuned():
 
 
 def test_sizes_of_a_layer():
-    sizes = {"A": (10, 5), "L": (0, 12), "B": (7, 0)}
-    assert solve(100, sizes) == (("A", 7), ("L", 4), ("B", 1))  # 7, then 45 of 93 / 2, then 48 of 48
-    assert solve(1, sizes) == (("A", 1), ("L", 1), ("B", 1))
+    counts = {"A": (10, 5), "L": (0, 12), "B": (7, 0)}
+    assert solve(100, counts) == {"A": 7, "L": 4, "B": 1}  # 7, then 45 of 93 / 2, then 48 of 48
+    assert solve(1, counts) == {"A": 1, "L": 1, "B": 1}
 
 
 @pytest.mark.parametrize(

@@ -73,11 +73,19 @@ class S4(Plan):
             expect(isinstance(value, str) and value in known, name, value, f"one of {', '.join(known)}")
         self.several("strategy", "group's letters")
         right = len(self.strategy) == 4 and all(isinstance(letters, str) for letters in self.strategy)
-        right = right and all(sorted({*s} & {*SIZES}) == sorted(s) for s in self.strategy)
+        right = right and all(sorted({*s} & {*COUNTS}) == sorted(s) for s in self.strategy)
         accepted = "four groups' letters, each once, of A, P, B and L"
         expect(right and any(self.strategy), "strategy", self.strategy, accepted)
 
     def plan(self, anatomy: Anatomy) -> Method:
+        places = self.sizes(anatomy).items()
+        alike = groupby(places, key=lambda place: (place[0][0], place[1]))  # next to each other, in one stack
+        return reduce(
+            add, (sum_of(sizes).on([layer for (_, layer), _ in run], stack) for (stack, sizes), run in alike)
+        )
+
+    def sizes(self, anatomy: Anatomy) -> dict[tuple[str, int], dict[str, int]]:
+        """Of each layer that is tuned, by stack and number, the sizes of its methods by letter."""
         layers = list(self.layers(anatomy))
         expect(bool(layers), "strategy", self.strategy, "one that gives a method to the layers there are")
         budget = self.budget
@@ -85,16 +93,13 @@ class S4(Plan):
             head, parameters = anatomy.task_head(), anatomy.base_parameters().items()
             budget = int(budget * sum(p.numel() for name, p in parameters if name not in head))
         each = budget / sum(share for *_, share in layers)  # a layer with a share of 1
-        planned, least = [], 0
+        found, least = {}, 0
         for stack, layer, letters, share in layers:
-            sizes = {letter: SIZES[letter](anatomy.restrict(layer, stack)) for letter in letters}
-            planned.append((stack, layer, solve(int(each * share), sizes)))
-            least = max(least, math.ceil(budget / each / share * sum(map(sum, sizes.values()))))
+            counts = {letter: COUNTS[letter](anatomy.restrict(layer, stack)) for letter in letters}
+            found[stack, layer] = solve(int(each * share), counts)
+            least = max(least, math.ceil(budget / each / share * sum(map(sum, counts.values()))))
         expect(budget >= least, "budget", self.budget, f"at least {least:,} for the smallest of each method")
-        alike = groupby(planned, key=lambda place: (place[0], place[2]))
-        return reduce(
-            add, (sum_of(sizes).on([layer for _, layer, _ in run], stack) for (stack, sizes), run in alike)
-        )
+        return found
 
     def layers(self, anatomy: Anatomy) -> Iterator[tuple[str, int, str, float]]:
         """Of each layer that is tuned the stack, the number, its methods' letters and its share."""
@@ -108,21 +113,22 @@ class S4(Plan):
                     yield stack, layer, letters, ALLOCATIONS[self.allocation](i, n)
 
 
-def solve(budget: int, sizes: dict[str, tuple[int, int]]) -> tuple[tuple[str, int], ...]:
+def solve(budget: int, counts: dict[str, tuple[int, int]]) -> dict[str, int]:
     """The size of each method of a layer, by letter, such that together they have at most ``budget``
-    parameters; none is below 1, whatever the budget.  sizes: letter -> (parameters of any size, and for each
+    parameters; none is below 1, whatever the budget.  counts: letter -> (parameters of any size, and for each
     1 of the size)."""
     # the biases first, since they leave nothing to choose; at last what has the smallest steps
-    order = sorted(sizes, key=lambda letter: (sizes[letter][1] > 0, -sum(sizes[letter])))
-    found = {}
+    order = sorted(counts, key=lambda letter: (counts[letter][1] > 0, -sum(counts[letter])))
+    sizes = dict.fromkeys(counts, 1)
     for left, letter in zip(range(len(order), 0, -1), order, strict=True):
-        fixed, step = sizes[letter]
-        found[letter] = max(1, (budget // left - fixed) // step) if step else 1
-        budget -= fixed + step * found[letter]
-    return tuple((letter, found[letter]) for letter in sizes)
+        fixed, step = counts[letter]
+        if step:
+            sizes[letter] = max(1, (budget // left - fixed) // step)
+        budget -= fixed + step * sizes[letter]
+    return sizes
 
 
-def sum_of(sizes: tuple[tuple[str, int], ...]) -> Method:
+def sum_of(sizes: dict[str, int]) -> Method:
     """The methods of a layer: letters, each with its size."""
     make = {
         "A": lambda r: PfeifferAdapter(r=r),
@@ -130,7 +136,7 @@ def sum_of(sizes: tuple[tuple[str, int], ...]) -> Method:
         "B": lambda _: BitFit(add=True),
         "L": lambda r: LoRA(r=r, alpha=2.0 * r),
     }
-    return reduce(add, (make[letter](size) for letter, size in sizes))
+    return reduce(add, (make[letter](size) for letter, size in sizes.items()))
 
 
 def _adapter(anatomy: Anatomy) -> tuple[int, int]:
@@ -144,7 +150,7 @@ def _biases(anatomy: Anatomy) -> tuple[int, int]:
     return sum(parameters[name].numel() for name in there) + sum(part.b.numel() for part in added), 0
 
 
-SIZES = {  # how many parameters a method has in one layer: of any size, and for each 1 of the size
+COUNTS = {  # how many parameters a method has in one layer: of any size, and for each 1 of the size
     "A": _adapter,
     "P": lambda anatomy: (0, sum(2 * place.key.shape[0] for place in anatomy.attentions())),
     "B": _biases,
