@@ -49,7 +49,6 @@ _MODULES = {
     "guidelib.pages.results": ("rate_figure", "verdict_figure", "verdict_table"),
     "guidelib.pages.viz": ("panel", "slider", "style", "table"),
     "guidelib.core.attaching": ("Attachment", "Count", "attach", "attached", "load", "using"),
-    "guidelib.core.method": ("Expression", "Method", "On", "Sum"),
     "guidelib.core.points.gate": ("Gated",),
     "guidelib.core.method": ("Expression", "Method", "On", "Plan", "Sum"),
     "guidelib.reparametrization.adalora": ("AdaLoRA",),

@@ -122,6 +122,7 @@ METHOD_CASES = {
     "sparse-compacter": Case(gl.Sparse(gl.Compacter(r=4), 0.5, "magnitude"), "near", 1e-3),
     "sparse-sum": Case(
         gl.Sparse(gl.AdapterDrop(SMALL, 1, random=True) + gl.LoRA(r=2), score="random"), "near", 0.3
+    ),
     "s4": Case(gl.S4(budget=8000), "none", silent=added_key_bias),
     "s4-uneven": Case(
         gl.S4(0.4, "bottleneck", "increasing", ("", "L", "AL", "AP")).on(layers=(0, 1)),

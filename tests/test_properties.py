@@ -27,8 +27,8 @@ from guidelib.core.architectures import ARCHITECTURES, TARGET_NAMES
 from guidelib.core.method import Method
 from guidelib.core.points.sparse_delta import Selecting
 from guidelib.core.points.sublayer import POINTS
-from guidelib.hybrid.sparse import SCORES as PRUNING
 from guidelib.hybrid.s4 import ALLOCATIONS, GROUPINGS
+from guidelib.hybrid.sparse import SCORES as PRUNING
 from guidelib.materials.backbones import MeanPoolClassifier
 from guidelib.reparametrization.glora import FORMS
 from guidelib.selective.fish_mask import SCORES
