@@ -57,7 +57,7 @@ EXPECTED = {  # method -> the places that its paper speaks of
 @pytest.mark.parametrize("name", [name for names in gl.METHODS.values() for name in names])
 def test_every_method_has_its_place(name):
     made = gl.place(name)
-    assert lit(made) == EXPECTED.get(name, {1})
+    assert lit(made) == set(places.places_of(getattr(gl, name)())) == EXPECTED.get(name, {1})
     assert bool(trained(made)) == (name != "HeadOnly")
     assert "five places" in repr(made) and drawn(made).get("aria-label") == repr(made)
 
@@ -77,6 +77,12 @@ def test_what_is_lit_follows_from_the_hyper_parameters():
     assert "The biases of q and in, in every block." in repr(gl.place(gl.BitFit(only=("q", "ffn.in"))))
     assert "The side network reads the states, in 9 of 12 blocks." in repr(gl.place("LST"))
     assert "Rebuilt from a smaller form: q, k, v, o, in and out; beside q" in repr(gl.place("QLoRA"))
+
+
+def test_a_drawing_of_all_five_places_says_of_none_that_it_is_here():
+    every = dict(q="beside", attention="behind", context="added", norms="trained")
+    assert "(here)" not in gl.place(every | {"side network": "reading"})._repr_mimebundle_()["text/html"]
+    assert "(here)" in gl.place(every)._repr_mimebundle_()["text/html"]
 
 
 @pytest.mark.parametrize("spot", places.SPOTS)

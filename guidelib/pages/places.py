@@ -58,8 +58,9 @@ def place(method: Method | str | Mapping[str, str]) -> Output:
     numbers = {SPOTS[spot][how] for spot, how in lit}
     words = _words(lit, where)
     diagram = _draw(lit, numbers, words)
+    here = " (here)" if len(numbers) < len(PLACES) else ""  # where all are lit, it is the picture of them
     items = "".join(
-        f"<li><strong>{name} (here)</strong></li>" if n in numbers else f"<li>{name}</li>"
+        f"<li><strong>{name}{here}</strong></li>" if n in numbers else f"<li>{name}</li>"
         for n, name in enumerate(PLACES, 1)
     )
     dashed = ", dashed is recomputed" if any(how == "recomputed" for _, how in lit) else ""
@@ -72,6 +73,11 @@ def place(method: Method | str | Mapping[str, str]) -> Output:
         f"Grey is frozen, orange is trained{dashed}.</figcaption></figure>"
     )
     return Output(text_html=html, text_plain=diagram.alt)
+
+
+def places_of(method: Method) -> tuple[int, ...]:
+    """The places where the method acts, as numbers from 1 into `PLACES`; none for the head alone."""
+    return tuple(sorted({SPOTS[spot][how] for spot, how in _lit(method)[0]}))
 
 
 Lit = list[tuple[str, str]]  # spots, each with how it is lit; one may be so in two ways
