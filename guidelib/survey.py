@@ -1,5 +1,5 @@
-"""What the survey claims, as data: Tables 1 and 2 of its first version, arXiv:2303.15647v1, and Table 1 of
-its second, v2.
+"""What the survey claims, as data: Tables 1 and 2 of its first version, arXiv:2303.15647v1, Table 1 of its
+second, v2, and Figure 2 of both.
 
 The chapters put these rows beside their own measurements.  "maybe" stands where the first version has a
 footnote: the saving depends on hardware for sparse operations, or on how the weights are pruned.  The second
@@ -109,3 +109,62 @@ def claims(method: str) -> list[tuple[str, str | None, str | None]]:
         "overhead at inference": "overhead",
     }
     return [(name, getattr(first, field, None), getattr(second, field)) for name, field in columns.items()]
+
+
+@dataclass(frozen=True)
+class Label:
+    """A name in Figure 2.  kind: the circles that it stands in, as in Row.  method: guidelib's class.  page:
+    the guide's, below notebooks/.  short: what the guide's map says for it, a line break included, "" if the
+    same.  version: the survey's that drew it first; None: neither did.
+    """
+
+    name: str
+    kind: str
+    method: str
+    page: str
+    short: str = ""
+    version: int | None = 1
+
+
+FIGURE: tuple[Label, ...] = (
+    Label("Adapters", "A", "Adapter", "additive/adapters"),
+    Label("Parallel Adapters", "A", "ParallelAdapter", "additive/parallel", "Parallel"),
+    Label("AdapterDrop", "A", "AdapterDrop", "additive/adapterdrop", version=None),
+    Label("AdaMix", "A", "AdaMix", "additive/adamix"),
+    Label("AdapterFusion", "A", "AdapterFusion", "additive/fusion", version=None),
+    Label("Prompt-tuning", "A", "PromptTuning", "additive/prompt_tuning", "Prompt tuning"),
+    Label("Prefix-Tuning", "A", "PrefixTuning", "additive/prefix", "Prefix tuning"),
+    Label("WARP", "A", "WARP", "additive/warp"),
+    Label("Spot", "A", "SPoT", "additive/spot", "SPoT"),
+    Label("IPT", "A", "IPT", "additive/ipt"),
+    Label("P-tuning", "A", "PTuning", "additive/p_tuning", version=2),
+    Label("Late prompts", "A", "LatePromptTuning", "additive/late_prompts", version=None),
+    Label("(IA)^3", "A", "IA3", "additive/ia3", "(IA)³"),
+    Label("Ladder-Side Tuning", "A", "LST", "additive/lst", "LST"),
+    Label("AttentionFusion", "A", "AttentionFusion", "additive/attention_fusion", "Attention Fusion"),
+    Label("LeTS", "A", "LeTS", "additive/lets"),
+    Label("MAM Adapter", "A", "MAM", "hybrid/mam", "MAM"),
+    Label("BitFit", "S", "BitFit", "selective/bitfit"),
+    Label("LN Tuning", "S", "NormTuning", "selective/norms", "Norm tuning"),
+    Label("Attention Tuning", "S", "CrossAttentionTuning", "selective/cross_attention", "Cross-attention"),
+    Label("Diff-Pruning", "S", "DiffPruning", "selective/diff_pruning", "DiffPruning"),
+    Label("Fish-Mask", "S", "FishMask", "selective/fish_mask", "FishMask"),
+    Label("LT-SFT", "S", "LTSFT", "selective/lt_sft"),
+    Label("FAR", "S", "FAR", "selective/far"),
+    Label("LoRa", "R", "LoRA", "reparametrization/lora", "LoRA"),
+    Label("DoRA", "R", "DoRA", "reparametrization/dora", version=None),  # but in the second version's table
+    Label("AdaLoRA", "R", "AdaLoRA", "reparametrization/adalora", version=None),
+    Label("GLoRA", "R", "GLoRA", "reparametrization/glora", version=None),
+    Label("ReLoRa", "R", "ReLoRA", "reparametrization/relora", "ReLoRA", 2),
+    Label("QLoRa", "R", "QLoRA", "reparametrization/qlora", "QLoRA", 2),
+    Label("fLoRa", "R", "FLoRA", "reparametrization/flora", "FLoRA", 2),
+    Label("KronA", "R", "KronA", "reparametrization/krona"),
+    Label("Intrinsic-SAID", "R", "IntrinsicSAID", "reparametrization/said", "SAID"),
+    Label("UniPELT", "AR", "UniPELT", "hybrid/unipelt"),
+    Label("Compacter", "AR", "Compacter", "hybrid/compacter"),
+    Label("PHM Adapter", "AR", "PHMAdapter", "hybrid/compacter", "PHM adapter"),
+    Label("KronA^B_res", "AR", "KronARes", "hybrid/krona_res", "KronA-res"),
+    Label("SparseAdapter", "AS", "SparseAdapter", "hybrid/sparse_adapter", "Sparse-\nAdapter"),
+    Label("Sparse LoRa", "SR", "SparseLoRA", "hybrid/sparse_adapter", "Sparse\nLoRA"),
+    Label("S4", "ASR", "S4", "hybrid/s4"),
+)

@@ -1,8 +1,12 @@
 """Hybrids against what they are made of, against torch.kron, AdapterHub's library and published counts."""
 
+import re
+from dataclasses import dataclass
+
 import pytest
 import torch
 from common import BACKBONES, DECODERS, batch, build, outputs, randomise
+from notebook_rules import ROOT
 from test_adapters import golden, golden_model, meta, theirs  # noqa: F401 (golden is a fixture)
 
 import guidelib as gl
@@ -305,6 +309,29 @@ def test_counts_that_the_surveys_second_version_logged_on_t5_large():
     # without the norms, which the paper trains and the second version does not
     assert added(T5_LARGE, gl.Compacter(r=32, sublayers=("self", "ffn"), norms=False)) == 304_192
     assert added(T5_LARGE, gl.CompacterPlusPlus(r=32, norms=False)) == 152_128
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_contributors_hybrid_works_as_it_stands(backbone, tmp_path, monkeypatch):
+    page = (ROOT / "book/architecture.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(@dataclass\(frozen=True\)\nclass .*?)```", page, re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) < 10
+    names = {"dataclass": dataclass, "gl": gl, "__name__": __name__}
+    exec(code, names)
+    model, inputs = build(backbone), batch(backbone)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    attachment = gl.attach(model, names["Lopsided"]())
+    randomise(attachment)
+    model(**inputs).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert attachment.count().trainable == gl.measure(model, inputs).count.trainable
+    monkeypatch.setattr(gl, "Lopsided", names["Lopsided"], raising=False)
+    monkeypatch.setattr(gl, "__all__", [*gl.__all__, "Lopsided"])
+    again = build(backbone)
+    gl.load(again, attachment.save(tmp_path / "lopsided.safetensors"))
+    assert torch.equal(outputs(again, inputs), outputs(model, inputs))
+    attachment.detach()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_an_expression_is_a_value():

@@ -1,13 +1,14 @@
-"""Draw what the site shows of itself: the figure of the first page, the card for chats, the favicon.
+"""Draw what the site shows of itself: the two figures of the first page, the card for chats, the favicon.
 
     python tools/landing.py
 
-The figure is written into book/intro.md between its two comments, the pictures into book/_static. The numbers
-are measured on the packaged MiniLM; they do not depend on the machine.
+The figures are written into book/intro.md, each between its two comments, the pictures into book/_static. The
+numbers are measured on the packaged MiniLM; they do not depend on the machine.
 """
 
 from dataclasses import dataclass
 from html import escape
+from itertools import combinations
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,10 +18,11 @@ from PIL import Image
 
 import guidelib as gl
 from guidelib.pages import viz
+from guidelib.pages.places import classes
+from guidelib.survey import FIGURE, Label
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, STATIC = ROOT / "book/intro.md", ROOT / "book/_static"
-START, END = "<!-- figure: memory -->\n", "\n<!-- end of figure: memory -->"
 TITLE = "LoRA, adapters and their relatives, run and measured"
 ROWS, LENGTH = 8, 32  # the batch that the chapters' tables of costs use
 HATCHES = ("", "//", "\\\\", "..")
@@ -41,6 +43,33 @@ METHODS = {  # label of the button -> how the line above the bar names it, and t
     ),
     "Head alone": ("The task head alone", gl.HeadOnly()),
 }
+
+
+CIRCLES = {"A": (150, 150), "S": (310, 150), "R": (230, 288)}  # their middles in the map
+LOOKS = {
+    "A": 'stroke="#0072b2"',
+    "S": 'stroke="#d55e00" stroke-dasharray="9 4"',
+    "R": 'stroke="#009e73" stroke-dasharray="2 4"',
+}
+RADIUS, SIZE, GAP = 140, 15, 11  # of the circles, of the type, and between two names
+LINES = {  # the circles that a method stands in -> where its names begin, and how far apart lines are
+    **dict(A=(54, 19), S=(76, 20), R=(332, 21)),
+    **dict(AS=(84, 17), AR=(219, 19), SR=(240, 18), ASR=(186, 21)),
+}
+REGIONS = {
+    "A": "additive",
+    "S": "selective",
+    "R": "reparametrisation",
+    "AS": "additive and selective",
+    "AR": "additive and reparametrisation",
+    "SR": "selective and reparametrisation",
+    "ASR": "all three",
+}
+CAPTION = (
+    "The classes of the survey. A hybrid stands where circles overlap. Each name leads to its page. Drawn "
+    "from what the methods do once attached, after Figure 2 of the survey, with six names more. *The survey "
+    "draws (IA)³ as additive, since it adds vectors. Here it stands where they act, in weights."
+)
 
 
 @dataclass(frozen=True)
@@ -124,6 +153,99 @@ def figure(rows: dict[str, Memory]) -> str:
 </figure>"""
 
 
+def interval(region: str, y: float) -> tuple[float, float]:
+    """The widest stretch at the height of a line of text that is in the circles of ``region`` and in no
+    other."""
+
+    def inside(x: float, circle: str, at: float) -> bool:
+        (cx, cy), margin = CIRCLES[circle], 2
+        reach = RADIUS - margin if circle in region else RADIUS + margin
+        return (x - cx) ** 2 + (at - cy) ** 2 < reach**2
+
+    free = [
+        all(inside(x, c, at) == (c in region) for c in CIRCLES for at in (y - 0.7 * SIZE, y + 0.25 * SIZE))
+        for x in range(0, 461)
+    ]
+    best, start = (0, 0), None
+    for x, is_free in enumerate([*free, False]):
+        start = x if is_free and start is None else start
+        if not is_free and start is not None:
+            best, start = max(best, (start, x), key=lambda span: span[1] - span[0]), None
+    return best
+
+
+def width(word: str) -> float:
+    """About how wide it is, in the fonts of most systems."""
+    return SIZE * sum(0.66 if c.isupper() else 0.29 if c in "il()-t *³" else 0.55 for c in word)
+
+
+def placed(region: str, labels: list[Label]) -> list[str]:
+    """The names of a region as lines of text, each name a link: as many in a line as have room there."""
+    (y, step), texts, left = LINES[region], [], list(labels)
+    words = {label: (label.short or label.name).split("\n") for label in labels}
+    wide = {label: max(map(width, words[label])) + GAP for label in labels}
+    while left:
+        if y > 430:
+            raise ValueError(f"there is no room for {left[0].name} where its circles are")
+        low, high = interval(region, y)
+        fit = [
+            line
+            for n in (1, 2, 3)
+            for line in combinations(left, n)
+            if sum(wide[each] for each in line) <= high - low + GAP
+        ]
+        line = max(
+            fit, key=lambda line: (max(wide[e] for e in line), sum(wide[e] for e in line)), default=()
+        )  # the widest first, since there is less room further down
+        x = (low + high - sum(wide[each] for each in line)) / 2
+        for label in line:
+            left.remove(label)
+            star, middle = "" if label.kind == region else "*", x + wide[label] / 2
+            spans = "".join(
+                f'<tspan x="{middle:.0f}" dy="{step * bool(i)}">{escape(word)}{star}</tspan>'
+                for i, word in enumerate(words[label])
+            )
+            link = f"../notebooks/{label.page}.html"
+            texts.append(f'<a href="{link}"><text x="{middle:.0f}" y="{y}">{spans}</text></a>')
+            x += wide[label]
+        y += step
+    return texts
+
+
+def taxonomy() -> str:
+    """The survey's Figure 2 as HTML: each method where the places put it that its parts act at."""
+    regions: dict[str, list[Label]] = {region: [] for region in LINES}
+    for label in FIGURE:
+        regions[classes(getattr(gl, label.method)())].append(label)
+    names = "\n".join(text for region, labels in regions.items() for text in placed(region, labels))
+    words = "; ".join(
+        f"{REGIONS[region]}: {', '.join((each.short or each.name).replace(chr(10), ' ') for each in labels)}"
+        for region, labels in regions.items()
+    )
+    circles = "\n".join(
+        f'<circle cx="{x}" cy="{y}" r="{RADIUS}" {LOOKS[name]}/>' for name, (x, y) in CIRCLES.items()
+    )
+    return f"""\
+<figure class="guide-figure" id="fig-taxonomy">
+<svg viewBox="0 0 460 438" role="group" aria-labelledby="tax-title tax-desc" xmlns="http://www.w3.org/2000/svg">
+<title id="tax-title">The three classes of the survey and their overlaps</title>
+<desc id="tax-desc">Three overlapping circles, with the methods in them as links. In {escape(words)}.</desc>
+<g fill="none" stroke-width="2.5">
+{circles}
+</g>
+<g fill="currentColor" text-anchor="middle" font-size="{SIZE}">
+<g font-weight="700" font-size="16">
+<text x="130" y="34">Additive</text>
+<text x="342" y="52">Selective</text>
+<text x="230" y="311">Reparametrisation</text>
+</g>
+{names}
+</g>
+</svg>
+<figcaption>{CAPTION}</figcaption>
+</figure>"""
+
+
 def favicon() -> str:
     """A frozen square weight, and a thin column and a flat row beside it that are trained."""
     frozen, trained = viz.COLOURS["frozen"], viz.COLOURS["trained"]
@@ -179,11 +301,16 @@ def draw_card(path: Path, rows: dict[str, Memory]) -> None:
 
 def main() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    before, found, rest = text.partition(START)
-    if not found or END not in rest:
-        raise ValueError(f"{PAGE.name} has no {START.strip()} with its end: the figure cannot be put there")
     rows = measured()
-    PAGE.write_text(before + START + figure(rows) + END + rest.partition(END)[2], encoding="utf-8")
+    for name, drawn in {"memory": figure(rows), "map": taxonomy()}.items():
+        start, end = f"<!-- figure: {name} -->\n", f"\n<!-- end of figure: {name} -->"
+        before, found, rest = text.partition(start)
+        if not found or end not in rest:
+            raise ValueError(
+                f"{PAGE.name} has no {start.strip()} with its end: the figure cannot be put there"
+            )
+        text = before + start + drawn + end + rest.partition(end)[2]
+    PAGE.write_text(text, encoding="utf-8")
     (STATIC / "favicon.svg").write_text(favicon(), encoding="utf-8")
     draw_card(STATIC / "card.png", rows)
 

@@ -17,11 +17,15 @@ from guidelib.core.points.context import LatePart, PrefixPart, PromptPart
 from guidelib.core.points.part import Part
 from guidelib.core.points.pruned import Pruned
 from guidelib.core.points.side import SidePart
+from guidelib.core.points.sparse_delta import Support
 from guidelib.core.points.sublayer import SublayerPart
 from guidelib.core.points.weight_delta import DeltaPart
 from guidelib.core.points.weight_space import WeightSpacePart
+from guidelib.hybrid.compacter import PHMLinear
 from guidelib.pages.diagrams import Diagram
 from guidelib.pages.viz import Output
+from guidelib.reparametrization.krona import Kronecker
+from guidelib.selective.far import LearnersPart
 
 PLACES = ("a weight", "a sub-layer’s output", "the context", "beside the network", "which parameters train")
 WEIGHTS = {"self.q": "q", "self.k": "k", "self.v": "v", "self.o": "o", "ffn.in": "in", "ffn.out": "out"}
@@ -83,17 +87,49 @@ def places_of(method: Method) -> tuple[int, ...]:
 Lit = list[tuple[str, str]]  # spots, each with how it is lit; one may be so in two ways
 
 
-def _lit(method: Method) -> tuple[Lit, str]:
-    """What the method lights, and in which of the blocks, on a BERT of 12 blocks without numbers; one that
-    acts on nothing but cross-attention, on a BERT that has it."""
+def classes(method: Method) -> str:
+    """The circles of the survey's Figure 2 that a method stands in, by where its parts act: some of "A", "S"
+    and "R", in this order.
+
+    A, additive: a part adds something to activations or to the context, or runs beside the network.
+    S, selective: parameters of the base are trained in place, or some entries are chosen and others are not.
+    R, reparametrisation: a weight is replaced by a function of itself, or an added map is written with fewer
+    numbers than it has entries.  Norms that are trained beside parts do not make a method selective.
+    """
+    attachment, found = _attached(method), set()
+    for part in attachment.parts:
+        if isinstance(part, Support | LearnersPart):
+            found.add("S")
+        elif isinstance(part, DeltaPart | WeightSpacePart):
+            found.add("R")
+        elif isinstance(part, SublayerPart | PrefixPart | PromptPart | LatePart | SidePart):
+            found.add("A")
+        if any(isinstance(module, PHMLinear | Kronecker) for module in part.modules()):
+            found.add("R")
+    norms = attachment.anatomy.norms() if attachment.parts else {}
+    if {name for name, p in attachment.model.named_parameters() if p.requires_grad} & (
+        attachment.anatomy.base_parameters().keys() - norms - attachment.anatomy.task_head()
+    ):
+        found.add("S")
+    return "".join(each for each in "ASR" if each in found)
+
+
+def _attached(method: Method) -> Attachment:
+    """On a BERT of 12 blocks without numbers, which has cross-attention if nothing else is asked for."""
     crossing = getattr(method, "attentions", None) == ("cross",)
     with torch.device("meta"):
         config = BertConfig(num_hidden_layers=DEPTH, is_decoder=crossing, add_cross_attention=crossing)
-        attachment = attach((BertLMHeadModel if crossing else BertForSequenceClassification)(config), method)
+        return attach((BertLMHeadModel if crossing else BertForSequenceClassification)(config), method)
+
+
+def _lit(method: Method) -> tuple[Lit, str]:
+    """What the method lights, and in which of the blocks."""
+    attachment = _attached(method)
     found = [*map(_of_part, attachment.parts), *_of_selection(attachment)]
     lit = list(dict.fromkeys(pair for pairs, _ in found for pair in pairs))
     layers = set().union(*(at for _, at in found))
     if not layers or len(layers) == DEPTH:
+        crossing = attachment.model.config.add_cross_attention
         return lit, f", in {'the cross-attention of ' * crossing}every block" if layers else ""
     upper = sorted(layers) == list(range(min(layers), DEPTH))
     return lit, f", in {'the upper ' * upper}{len(layers)} of {DEPTH} blocks"
