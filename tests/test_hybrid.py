@@ -58,6 +58,8 @@ def test_compacter_has_one_set_of_first_factors():
     assert len(layers) == 8 and len({id(layer.A) for layer in layers}) == 1
     stored = [name for name in attachment.state() if name.endswith(".A")]
     assert len(stored) == 1  # and so in a file
+    count = attachment.count()
+    assert count.trainable == count.stored == count.changed
     free = gl.attach(build("tiny-bert"), gl.PHMAdapter(r=4))
     assert len({id(m.A) for part in free.parts for m in part.modules() if isinstance(m, PHMLinear)}) == 8
 

@@ -191,9 +191,9 @@ class _Step:
         for part in self.adapters.get(place, ()):
             cost = _adapter_cost(part)
             read, read_live = f"{part.name} input", live
-            if part.reads == "input":
+            if part.method.reads == "input":
                 read, read_live = stream, into
-            elif part.reads == "normed":
+            elif part.method.reads == "normed":
                 read_live = self.norm(f"{part.name} norm", norm, live or into)
             self.forward += self.tokens * cost.forward + cost.forward_once
             self.backward += self.tokens * (cost.backward + read_live * cost.backward_input)

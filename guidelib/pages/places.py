@@ -144,7 +144,7 @@ def _of_part(part: Part) -> tuple[Lit, set[int]]:
         return [(WEIGHTS[part.site.role], "beside")], {part.site.layer}
     if isinstance(part, SublayerPart):
         spot = "FFN" if part.sublayer.role == "ffn" else "attention"
-        return [(spot, "beside" if part.reads == "input" else "behind")], {part.sublayer.layer}
+        return [(spot, "beside" if part.method.reads == "input" else "behind")], {part.sublayer.layer}
     if isinstance(part, PrefixPart):
         return [("keys and values", "added")], {part.attention.layer}
     if isinstance(part, PromptPart | LatePart):

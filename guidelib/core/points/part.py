@@ -93,7 +93,7 @@ class Part(nn.Module):
     def places(self) -> Mapping[Place, int | torch.Tensor]:
         """What it changes, and how many entries of the effective model it can make differ from the base
         there, or which ones of a whole parameter.  What is also trained in place is counted there."""
-        return {(id(self), None): sum(parameter.numel() for parameter in self.parameters())}
+        return {where(parameter): parameter.numel() for parameter in self.parameters()}
 
 
 def where(parameter: nn.Parameter, rows: slice | None = None) -> Place:

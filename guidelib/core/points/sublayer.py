@@ -83,7 +83,7 @@ class SublayerPart(Part):
                 f"{name}: the dropout behind {sublayer.name} is out of reach in this model; use point="
                 '"before dropout"'
             )
-        self.name, self.method, self.module, self.reads, self.point = name, method, module, reads, point
+        self.name, self.method, self.module, self.point = name, method, module, point
         # in a tuple, so that the backbone's layers are not registered as children of this module
         self._sublayer = (sublayer,)
 
@@ -98,7 +98,7 @@ class SublayerPart(Part):
     def plug(self) -> None:
         at, before = self.sublayer, self.point == "before dropout"
         behind_sum = at.dropout_function and not before  # BART's dropout is no module: see _behind_sum
-        if behind_sum or self.reads != "output":
+        if behind_sum or self.method.reads != "output":
             self.around(at.block, self.frame)
             self.hook(at.source, self._remember, before=True)
         if behind_sum:
@@ -111,7 +111,7 @@ class SublayerPart(Part):
         passes.note(self, args[0])
 
     def _behind(self, module: nn.Module, args: tuple[torch.Tensor, ...], h: torch.Tensor) -> torch.Tensor:
-        x = None if self.reads == "output" else passes.take(self)
+        x = None if self.method.reads == "output" else passes.take(self)
         return h + self._change(x, h) if self._acts else h
 
     def _behind_sum(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -120,9 +120,9 @@ class SublayerPart(Part):
         return (total + self._change(x, total - x) if self._acts else total, *rest)
 
     def _change(self, x: torch.Tensor | None, h: torch.Tensor) -> torch.Tensor:
-        if self.reads == "output":
+        if self.method.reads == "output":
             read = h
-        elif self.reads == "input":
+        elif self.method.reads == "input":
             read = x
         else:  # forward, not a call: a call would run the hooks of the norm
             read = self.sublayer.norm.forward(x + h)
