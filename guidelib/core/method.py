@@ -159,7 +159,8 @@ def within(value: Any) -> Iterator[Method]:
     """The methods that a method is made of, itself included."""
     if isinstance(value, Method):
         yield value
-        made = (value.method,) if isinstance(value, Expression) else ()
+        planned = isinstance(value, Plan)  # what it is made of depends on the model
+        made = (value.method,) if isinstance(value, Expression) and not planned else ()
         value = (*(getattr(value, field.name) for field in fields(value)), *made)
     for member in value if isinstance(value, tuple) else ():
         yield from within(member)
