@@ -118,7 +118,11 @@ class Pruned(Support):
     @property
     def places(self) -> Mapping[Place, int]:
         """What is kept of parts that change nothing but what they add."""
-        own = {name for name, part in self._holders.items() if (id(part), None) in part.places}
+        own = {
+            name
+            for name, part in self._holders.items()
+            if {parameter for parameter, _ in part.places} <= {id(p) for p in part.parameters()}
+        }
         return {(id(self), None): sum(s.stop - s.start for name, s in self._spans.items() if name in own)}
 
 
