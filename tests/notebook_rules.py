@@ -327,6 +327,24 @@ def guidelib_names(nb: NotebookNode, path: Path) -> Iterator[str]:
         yield from (f"{where}: there is no {name}" for name in sorted(set(used)) if missing(name))
 
 
+@functools.cache
+def lines_of_the_library() -> frozenset[str]:
+    files = (ROOT / "guidelib").rglob("*.py")
+    return frozenset(line.strip() for file in files for line in file.read_text("utf-8").splitlines())
+
+
+def shown_source(nb: NotebookNode, path: Path) -> Iterator[str]:
+    """What `show_source` has shown is in the library still, line for line."""
+    for where, cell, output in outputs(nb):
+        if "show_source(" not in cell.source:
+            continue
+        shown = "".join(output.get("data", {}).get("text/markdown", ""))
+        for code in re.findall(r"```python\n(.*?)```", shown, re.DOTALL):
+            lines = [line.strip() for line in code.splitlines()]
+            if old := [line for line in lines if line not in lines_of_the_library()]:
+                yield f"{where} shows what guidelib no longer has; execute it again: {old[0]!r}"
+
+
 def missing(dotted: str) -> bool:
     """Whether guidelib has no such public name. Looks into modules, not into objects."""
     first, *rest = dotted.split(".")
@@ -542,6 +560,7 @@ RULES = [
         alternatives,
         exercises,
         guidelib_names,
+        shown_source,
     ),
     *FORM,
 ]

@@ -437,6 +437,13 @@ RULE_BREAKS = [
     ("truth_values", output(CHECKED, text="True False\n" * 5)),
     ("no_marker_comments", source(CHECKED, "# NBVAL_CHECK_OUTPUT\nprint(42)")),
     ("word_count", source(2, "word " * 1701)),
+    (
+        "shown_source",
+        lambda nb: (
+            nb.cells[CHECKED].update(source="gl.show_source(gl.LoRA)"),
+            nb.cells[CHECKED].outputs[0].update(data={"text/markdown": "```python\nclass Nothing:\n```"}),
+        ),
+    ),
     ("linked", source(2, "More on it in the memory chapter.")),
     ("linked", source(2, "See the page on memory.")),
     ("facts", source(0, "# Tiny")),
