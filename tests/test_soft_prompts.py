@@ -35,6 +35,7 @@ from transformers import (
 
 import guidelib as gl
 from guidelib.additive.soft_prompts.reparametrized import LSTM
+from guidelib.costs import kernels
 
 TOKENS = (7, 30, 11, 200)
 
@@ -757,3 +758,11 @@ def test_embeddings_may_be_narrower_than_the_blocks(method):
         gl.attach(model, method)
         found = model(ids).last_hidden_state
     assert found.shape == base.shape and not torch.equal(found, base)
+
+
+def test_a_prefix_without_a_gate_pays_for_none():
+    """Seven operations in each attention, none of which parts what the gates would multiply."""
+    model, inputs = build("tiny-bert"), {"input_ids": torch.tensor([TOKENS])}
+    base = kernels(model, inputs)
+    gl.attach(model, gl.PrefixTuning(length=3))
+    assert kernels(model, inputs) == base + 7 * 2

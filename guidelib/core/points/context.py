@@ -365,6 +365,8 @@ def _attend(
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, config.eager)
     output, weights = attend(module, query, key, value, attention_mask, is_causal=False, **kwargs)
     gated = [gate.transpose(1, 2) for gate in gates if gate is not None]
+    if not gated:
+        return output, weights
     own, *others = output.split(width, -1)  # (B, T, heads, width) each
     for gate, other in zip(gated, others, strict=True):
         own = own + gate * other
