@@ -385,6 +385,7 @@ OF_NO_METHOD = (
     "additive/other_ways",
     "additive/soft_prompts",
     "selective/which_entries",
+    "hybrid/more_than_parts",
 )
 LINES, LINES_OF_CELL, COLUMNS, TRUTHS, WORDS, WORDS_OF_FOUNDATIONS = 220, 25, 88, 8, 1700, 2300
 
