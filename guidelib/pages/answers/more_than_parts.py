@@ -33,7 +33,7 @@ _x, _W, _B, _C, _D = draw((5, 4), (6, 4), (6, 4), (6, 6), (6, 6))
 
 
 @exercise(
-    hint="Go through the parts in their order. What does each read: the map's input, or what is there by now?",
+    hint="Go through the parts in order. What does each read: the map's input, or what is there by now?",
     inputs=[
         (_x, _W, []),
         (_x, _W, [("beside", _B), ("behind", _C)]),
