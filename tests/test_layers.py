@@ -191,8 +191,10 @@ def test_every_method_serves_it_right_or_refuses_it_with_its_type(kind, backbone
         randomise(attachment)
         randomise(other)
         acting = outputs(model, inputs)
-        # as beside the same numbers in an ordinary layer, which has a bias, too, that FAR would train
-        if name not in ("full", "said", "did") and not (name.startswith("far") and "t5" in backbone):
+        # as beside the same numbers in an ordinary layer; but it has a bias, too, that FAR would train and S4
+        # counts, and a share of S4's is one of more numbers there
+        biases = name.startswith(("far", "s4")) and "t5" in backbone
+        if name not in ("full", "said", "did", "s4-uneven") and not biases:
             assert (acting - outputs(twin, inputs)).abs().max() < 1e-10
         if attachment.mergeable:
             assert not any(isinstance(part, DeltaPart) for part in attachment.parts) or kind == "plain"
