@@ -30,10 +30,7 @@ from guidelib.core.points.passes import Call
 from guidelib.core.points.sublayer import SublayerPart
 from guidelib.core.points.weight_delta import DeltaPart, added_dtype
 
-OWN, OTHER = (
-    "attention_mask",
-    "encoder_attention_mask",
-)  # of a block: its stack's text, and that it attends to
+OWN, OTHER = "attention_mask", "encoder_attention_mask"  # of a block: its own text, and the encoder's
 
 
 @dataclass(frozen=True)
