@@ -352,10 +352,10 @@ def _attend(
             query = torch.cat((query, gate * query[..., :width]), -1)
             key, value = F.pad(key, (0, width)), F.pad(value, (0, width))
             keys, values = F.pad(keys, (beside, 0)), F.pad(values, (beside, 0))
+            gates.append(gate.transpose(1, 2))
         elif key.shape[-1] > width:
             keys, values = (F.pad(made, (0, key.shape[-1] - width)) for made in (keys, values))
         key, value = torch.cat((keys, key), 2), torch.cat((values, value), 2)
-        gates.append(gate)
     p = key.shape[2] - kept
     if attention_mask is not None:
         seen = True if attention_mask.dtype == torch.bool else 0.0
@@ -364,11 +364,10 @@ def _attend(
         kwargs["position_bias"] = F.pad(bias, (p, 0))
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, config.eager)
     output, weights = attend(module, query, key, value, attention_mask, is_causal=False, **kwargs)
-    gated = [gate.transpose(1, 2) for gate in gates if gate is not None]
-    if not gated:
+    if not gates:
         return output, weights
     own, *others = output.split(width, -1)  # (B, T, heads, width) each
-    for gate, other in zip(gated, others, strict=True):
+    for gate, other in zip(gates, others, strict=True):
         own = own + gate * other
     return own, weights
 
