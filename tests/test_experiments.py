@@ -28,6 +28,7 @@ from guidelib.experiments.base import Arm, pack, score, unpack
 from guidelib.experiments.transfer import ALL, OWN, Transfer, Way
 from guidelib.experiments.verdict import holm
 from guidelib.experiments.work import _begin, _work, add, read, work
+from guidelib.materials.tasks import load_task
 
 PLAN = """
 backbone: tiny-bert
@@ -460,7 +461,7 @@ def test_stored_results_are_those_of_the_plan(name):
         assert runs.sorted() == result["runs"]
 
 
-# from domain to domain
+# from task to task
 
 WAYS = {
     OWN: Way("new", 32, 1, 1e-2),
@@ -471,8 +472,8 @@ WAYS = {
     "one adapter for all": Way("pooled", 32, 1, 1e-2),
 }
 PLACES = ("here", "there", "elsewhere")
-SIZES = {"adapter": gl.PfeifferAdapter(r=2), "batch_size": 16, "seeds": 2, "tuning_seeds": 1}
-TRANSFER = Transfer("tiny-bert", ways=WAYS, domains=PLACES, **SIZES)
+SIZES = {"tuned": gl.PfeifferAdapter(r=2), "batch_size": 16, "seeds": 2, "tuning_seeds": 1}
+TRANSFER = Transfer("tiny-bert", tasks={name: Setting(name) for name in PLACES}, methods=WAYS, **SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -548,6 +549,66 @@ def test_the_adapters_of_the_first_seed_are_kept_and_one_that_is_gone_is_made_ag
     assert TRANSFER._made("here", 0, result, folder) == path
     after = load_file(path)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+SMALL = {"validation": 4, "test": 4}
+GENESIS = Setting("modern-bible", books=("Genesis",), **SMALL)
+TO_ACTS = Transfer(
+    "tiny-t5",
+    tasks={
+        "Genesis": GENESIS,
+        "Genesis, back": replace(GENESIS, back=True),
+        "Acts": Setting("modern-bible", books=("Acts",), **SMALL),
+    },
+    methods={
+        OWN: Way("new", 8, 1, 1.0),
+        "a new prompt": Way("new", 4, 1, 1.0),
+        "SPoT": Way("SPoT", 4, 1, 1.0),
+        "IPT": Way("IPT", 4, 1, 1.0),
+        "IPT, a random space": Way("IPT, random", 4, 1, 1.0),
+    },
+    tuned=gl.PromptTuning(length=3),
+    targets=("Acts",),
+    batch_size=4,
+    max_length=24,
+    seeds=2,
+    tuning_seeds=1,
+)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("results") / "moving.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("guidelib.materials.tasks.load_task", load_task)
+        patch.setattr("guidelib.experiments.base.MOST", 3)
+        return make(TO_ACTS, path)
+
+
+def test_prompts_go_to_the_target_alone(prompts):
+    tasks = {label: {r["task"] for r in made(prompts, label)} for label in TO_ACTS.methods}
+    assert tasks.pop(OWN) == {"Genesis", "Genesis, back", "Acts"}
+    assert set(map(frozenset, tasks.values())) == {frozenset({"Acts"})}
+    counts = {label: {r["count"]["trainable"] for r in made(prompts, label)} for label in TO_ACTS.methods}
+    prompt = 3 * 128
+    # the decoded prompt of IPT is what is left when the training has ended
+    assert all(count == {prompt} for count in counts.values())
+
+
+def test_spot_starts_from_the_prompt_that_suits_the_target_best(prompts):
+    for run in made(prompts, "SPoT"):
+        fits = {
+            r["task"]: -r["across"]["Acts"]["validation"]["loss"]
+            for r in TO_ACTS.own(prompts)
+            if r["seed"] == run["seed"] and r["task"] != "Acts"
+        }
+        assert run["nearest"] == max(fits, key=fits.get)
+
+
+def test_ways_on_the_target_are_compared_as_methods(prompts):
+    verdicts = {v.method: v for v in experiments.compare(prompts, "a new prompt", task="Acts")}
+    assert set(verdicts) == set(TO_ACTS.methods)
+    assert all(len(verdict.scores) == 2 for verdict in verdicts.values())
 
 
 # the command

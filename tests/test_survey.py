@@ -96,6 +96,8 @@ def compared() -> set[str]:
         methods, ran = result["settings"].get("methods", {}), {run["method"] for run in result["runs"]}
         if "fusion of all four" in ran:  # of the comparison of transfer, whose rows are ways to start
             found.add("AdapterFusion")
+        ways = {methods[name]["start"] for name in ran & {*methods} if isinstance(methods[name], dict)}
+        found |= ways & {"SPoT", "IPT"}
         found |= {*re.findall(r'"type": "(\w+)"', json.dumps([methods[name] for name in ran & {*methods}]))}
     return found | ({"QLoRA"} if {"NF4", "LoRA"} <= found else set())  # which is their sum
 

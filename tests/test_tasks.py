@@ -260,6 +260,22 @@ def test_subset_refuses_a_size_that_is_not_there(task, size):
         task.subset(test=size)
 
 
+def test_a_task_of_some_books_and_back():
+    whole = load_task("modern-bible")
+    task = whole.only(["Psalms", "1 John"])
+    books = {at.rsplit(" ", 1)[0] for at in task.train["id"]}
+    assert books == {"Psalms", "1 John"} and len(task.train) == 2416 + 103
+    assert task.test is whole.test and task.validation is whole.validation
+    back = task.back()
+    assert list(back.train["source"]) == list(task.train["target"])
+    assert list(back.test["target"]) == list(task.test["source"])
+    with pytest.raises(ValueError, match="books: got 'Pslams', but Genesis, .* is accepted"):
+        whole.only(["Psalms", "Pslams"])
+    for call in (lambda task: task.only(["Psalms"]), lambda task: task.back()):
+        with pytest.raises(ValueError, match="a text2text task is accepted"):
+            call(load_task("tweets"))
+
+
 def test_unknown_name_lists_the_accepted():
     for function in (load_task, rebuild_task, task_card):
         with pytest.raises(ValueError, match="'movies' is not a task; accepted are movie-reviews"):

@@ -13,7 +13,7 @@ from guidelib.core.method import expect
 from guidelib.experiments import earlier
 from guidelib.experiments.base import Experiment, Results, Row
 from guidelib.experiments.comparison import Comparison, Setting, read_plan
-from guidelib.experiments.transfer import TRANSFER, Transfer
+from guidelib.experiments.transfer import DOMAINS, PROMPTS, Transfer
 from guidelib.experiments.verdict import Verdict, compare
 from guidelib.experiments.work import read, work
 
@@ -33,11 +33,12 @@ __all__ = [
     "run",
 ]
 PLANS, RESULTS = Path(__file__).parent / "plans", Path(__file__).parent / "results"
+TRANSFERS = {"transfer": DOMAINS, "prompts": PROMPTS}
 
 
 def names() -> list[str]:
     """The experiments of this book."""
-    return [*sorted(path.stem for path in PLANS.glob("*.yaml")), "transfer"]
+    return [*sorted(path.stem for path in PLANS.glob("*.yaml")), *TRANSFERS]
 
 
 def experiment(name: str) -> Experiment:
@@ -45,7 +46,7 @@ def experiment(name: str) -> Experiment:
     if str(name).endswith((".yaml", ".yml")) and Path(name).is_file():
         return read_plan(Path(name))
     expect(name in names(), "name", name, f"one of {', '.join(names())}, or a YAML file that is there")
-    return TRANSFER if name == "transfer" else read_plan(PLANS / f"{name}.yaml")
+    return TRANSFERS.get(name) or read_plan(PLANS / f"{name}.yaml")
 
 
 def run(name: str, folder: Path | None = None, *, jobs: int = 1, progress: bool = True) -> Path:

@@ -114,16 +114,20 @@ class Experiment(ABC):
             "count": asdict(attached(model).count()),
         }
 
-    def evaluate(self, model: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase) -> Row:
+    def evaluate(
+        self, model: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase, write: bool = True
+    ) -> Row:
         """The scores on the two splits that are not trained on, and for the test split those of each item.
-        Texts are written for the test split alone."""
+        Texts are written for the test split alone, if at all."""
         from guidelib.training.fit import evaluate
 
         settings = {"max_length": self.max_length, "mixed_precision": self.mixed_precision}
         found = {}
         for split in ("validation", "test"):
             last = split == "test"
-            scores = evaluate(model, task, tokenizer, split=split, each=last, write=last, **settings)
+            scores = evaluate(
+                model, task, tokenizer, split=split, each=last, write=last and write, **settings
+            )
             each = scores.pop("each", None)
             found[split] = {name: round(value, 6) for name, value in scores.items()}
             if each is not None:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Setting(Spec):
     """How a task is trained and scored.  train: number of items drawn by the seed, None for all.  validation,
-    test: how many there are, the same ones in every run.  question, answers: see `Task.ask`."""
+    test: how many there are, the same ones in every run.  question, answers: see `Task.ask`.  books: of a
+    text to text, what the ids of its training items begin with; () for all.  back: from target to source."""
 
     task: str
     train: int | None = None
@@ -29,12 +30,16 @@ class Setting(Spec):
     test: int | None = None
     question: str | None = None
     answers: tuple[str, ...] = ()
+    books: tuple[str, ...] = ()
+    back: bool = False
 
     def data(self, seed: int = 0) -> Task:
         """The task with as many items."""
         from guidelib.materials.tasks import load_task
 
         task = load_task(self.task).subset(validation=self.validation, test=self.test)
+        task = task.only(self.books) if self.books else task
+        task = task.back() if self.back else task
         task = task.subset(train=self.train, seed=seed)
         return task if self.question is None else task.ask(self.question, self.answers)
 

@@ -12,7 +12,9 @@ from types import SimpleNamespace
 
 from guidelib.core.method import Spec, expect
 from guidelib.experiments.base import Row
-from guidelib.experiments.transfer import ALL, OWN, file_of
+from guidelib.experiments.transfer import ALL, file_of
+
+OWN = "its own adapter"
 
 
 def score(run: Row, split: str = "test") -> float:

@@ -1,20 +1,26 @@
-"""From domain to domain: an adapter for each, and what those of the others are worth to one with few
-sentences.
+"""From task to task: what has been learned for each, and what that of the others is worth to one with few
+items.
 
-The adapters of the first seed stay in a folder beside the result.
+What the first seed has learned for each task stays in a folder beside the result.
 """
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from guidelib.additive.adapters.bottleneck import PfeifferAdapter
 from guidelib.additive.adapters.fusion import AdapterFusion
+from guidelib.additive.soft_prompts.ipt import IPT, fit_space
+from guidelib.additive.soft_prompts.prompt import PromptTuning
+from guidelib.additive.soft_prompts.spot import SPoT, read_prompt
+from guidelib.core.anatomy import Anatomy
 from guidelib.core.attaching import Attachment, attach, load
-from guidelib.core.method import Spec
+from guidelib.core.method import Method, Spec
 from guidelib.experiments.base import Arm, Experiment, Results, Row, score
+from guidelib.experiments.comparison import Setting
 from guidelib.selective.anchors import HeadOnly
 
 if TYPE_CHECKING:
@@ -22,19 +28,20 @@ if TYPE_CHECKING:
 
     from guidelib.materials.tasks import Task
 
-DOMAINS = ("movie-reviews", "amazon", "news-comments", "tweets")  # one question, the same two labels
-ALL = "all"  # the domain of a run that is trained on all of them
-OWN, FEW, MANY = "its own adapter", 256, 2000
+ALL = "all"  # the task of a run that is trained on all of them
+OWN = "its own"  # the way whose results the others start from
+REUSE = ("nearest", "fusion of others", "fusion of all", "SPoT", "IPT")
 
 
 @dataclass(frozen=True)
 class Way(Spec):
-    """One way to learn a domain.
+    """One way to learn a task.
 
-    start: "head", a new head on the frozen model; "new", a new adapter; "pooled", one for all domains;
-    "fusion of all" adapters that way OWN has made, or "fusion of others", without the domain's own;
-    "nearest", the other domains' adapter that is best on this one's validation data, head included.
-    train: sentences of the domain.  rate: the first learning rate to try.
+    start: "head", a new head on the frozen model; "new", what is tuned, anew; "pooled", one for all tasks;
+    "fusion of all" adapters that way OWN has made, or "fusion of others", without the task's own; "nearest",
+    the one of another task that is best on this one's validation data, head included; "SPoT", a prompt that
+    starts there; "IPT", one in the space of the other tasks' prompts, and "IPT, random", in a random one.
+    train: items of the task.  rate: the first learning rate to try.
     """
 
     start: str
@@ -45,76 +52,93 @@ class Way(Spec):
 
 @dataclass(frozen=True)
 class Transfer(Experiment):
-    """Each way on each domain.  A way has one rate for all domains."""
+    """Each way on each task.  A way has one rate for all of them.
 
-    ways: dict[str, Way]
-    domains: tuple[str, ...] = DOMAINS
-    adapter: PfeifferAdapter = PfeifferAdapter(r=16)
+    methods: label -> way.  tuned: what way OWN attaches.  targets: the tasks that the other ways are tried
+    on, all without.
+    """
+
+    tasks: dict[str, Setting]
+    methods: dict[str, Way]
+    tuned: Method = PfeifferAdapter(r=16)
+    targets: tuple[str, ...] = ()
 
     def arms(self) -> list[Arm]:
-        reuse = ("nearest", "fusion of others", "fusion of all")
+        every, targets = tuple(self.tasks), self.targets or tuple(self.tasks)
         return [
             Arm(
                 label,
-                (ALL,) if way.start == "pooled" else self.domains,
+                (ALL,) if way.start == "pooled" else every if label == OWN else targets,
                 way.rate,
-                after=(OWN,) if way.start in reuse else (),
+                after=(OWN,) if way.start in REUSE else (),
             )
-            for label, way in self.ways.items()
+            for label, way in self.methods.items()
         ]
 
     def run(self, key: Row, result: Row, folder: Path) -> Row:
         from guidelib.materials.backbones import load_backbone
-        from guidelib.materials.tasks import load_task
 
-        way, domain, lr, seed = self.ways[key["method"]], key["task"], key["lr"], key["seed"]
-        tasks = {name: load_task(name).subset(train=way.train, seed=seed) for name in self.domains}
-        task = _pool(list(tasks.values())) if domain == ALL else tasks[domain]
+        way, name, lr, seed = self.methods[key["method"]], key["task"], key["lr"], key["seed"]
+        tasks = {each: replace(to, train=way.train).data(seed) for each, to in self.tasks.items()}
+        task = _pool(list(tasks.values())) if name == ALL else tasks[name]
         model, tokenizer = load_backbone(self.backbone, task, seed=seed)
-        attachment, row = self._start(model, way, domain, seed, result, folder)
+        attachment, row = self._start(model, way, name, seed, result, folder)
         head_lr = lr if way.start == "head" else None
         trained = self.fit(model, task, tokenizer, lr, way.epochs, seed, head_lr)
         if "diverged" in trained:
             return trained
-        across = {}
-        if key["method"] == OWN or domain == ALL:
-            across = {name: self.evaluate(model, other, tokenizer) for name, other in tasks.items()}
-            row["across"] = across
-        row |= across[domain] if domain in across else self.evaluate(model, task, tokenizer)
-        row |= trained
+        scores = self.evaluate(model, task, tokenizer)
+        if key["method"] == OWN or name == ALL:
+            row["across"] = {
+                to: scores if to == name else self.evaluate(model, tasks[to], tokenizer, write=False)
+                for to in self.targets or self.tasks
+            }
+        row |= scores | trained
         if isinstance(attachment.method, AdapterFusion):
             row["weights"] = _mean_weights(attachment, task, tokenizer, self.max_length)
         if key["method"] == OWN:
             folder.mkdir(parents=True, exist_ok=True)
-            attachment.save(file_of(folder, domain, seed, lr))
+            attachment.save(file_of(folder, name, seed, lr))
         return row
 
     def _start(
-        self, model: PreTrainedModel, way: Way, domain: str, seed: int, result: Row, folder: Path
+        self, model: PreTrainedModel, way: Way, name: str, seed: int, result: Row, folder: Path
     ) -> tuple[Attachment, Row]:
         """Attach what the way starts from; and what the run has to say of it."""
         if way.start in ("new", "pooled"):
-            return attach(model, self.adapter, seed=seed), {}
+            return attach(model, self.tuned, seed=seed), {}
         if way.start == "head":
             return attach(model, HeadOnly(), seed=seed), {}
-        if way.start == "nearest":
+        if way.start == "IPT, random":
+            return attach(model, IPT(self.tuned.length), seed=seed), {}
+        if way.start in ("nearest", "SPoT"):
             fits = {
-                run["task"]: score(run["across"][domain], "validation")
+                run["task"]: score(run["across"][name], "validation")
                 for run in self.own(result)
-                if run["seed"] == seed and run["task"] != domain
+                if run["seed"] == seed and run["task"] != name
             }
             nearest = max(fits, key=fits.get)
-            return load(model, self._made(nearest, seed, result, folder)), {"nearest": nearest}
-        names = [name for name in self.domains if way.start == "fusion of all" or name != domain]
-        files = tuple(self._made(name, seed, result, folder) for name in names)
-        return attach(model, AdapterFusion(files, self.adapter), seed=seed), {}
+            file = self._made(nearest, seed, result, folder)
+            if way.start == "nearest":
+                return load(model, file), {"nearest": nearest}
+            spot = SPoT(self.tuned.length, sources=(file,))
+            return attach(model, spot, seed=seed), {"nearest": nearest}
+        names = [each for each in self.tasks if way.start == "fusion of all" or each != name]
+        files = tuple(self._made(each, seed, result, folder) for each in names)
+        if way.start == "IPT":
+            prompts = [read_prompt(Anatomy(model), file) for file in files]
+            ipt = IPT(self.tuned.length)
+            with tempfile.TemporaryDirectory() as place:
+                space = fit_space(prompts, ipt.d, hidden=ipt.hidden, seed=seed).save(Path(place, "space"))
+                return attach(model, replace(ipt, space=space), seed=seed), {}
+        return attach(model, AdapterFusion(files, self.tuned), seed=seed), {}
 
-    def _made(self, domain: str, seed: int, result: Row, folder: Path) -> Path:
-        """The adapter of a domain; made again if its file is gone."""
+    def _made(self, name: str, seed: int, result: Row, folder: Path) -> Path:
+        """What has been learned for a task; made again if its file is gone."""
         lr = self.best_rate(result, OWN)
-        path = file_of(folder, domain, seed, lr)
+        path = file_of(folder, name, seed, lr)
         if not path.exists():
-            self.run({"task": domain, "method": OWN, "lr": lr, "seed": seed}, result, folder)
+            self.run({"task": name, "method": OWN, "lr": lr, "seed": seed}, result, folder)
         return path
 
     def best_rate(self, result: Row, label: str) -> float:
@@ -132,9 +156,9 @@ class Transfer(Experiment):
             path.unlink()
 
     def kept(self, result: Row, folder: Path) -> dict[str, Path]:
-        """The adapters of the first seed at the best rate, by domain."""
+        """What the first seed has learned at the best rate, by task."""
         lr = self.best_rate(result, OWN)
-        return {domain: file_of(folder, domain, 0, lr) for domain in self.domains}
+        return {name: file_of(folder, name, 0, lr) for name in self.tasks}
 
 
 def _mean_weights(
@@ -152,9 +176,9 @@ def _mean_weights(
     return [[round(share, 4) for share in weights[tokens].mean(0).tolist()] for weights in layers]
 
 
-def file_of(folder: Path, domain: str, seed: int, lr: float) -> Path:
-    """Where the adapter of a run is kept."""
-    return folder / f"{domain}-{seed}-{lr:g}.safetensors"
+def file_of(folder: Path, name: str, seed: int, lr: float) -> Path:
+    """Where what a run has learned is kept."""
+    return folder / f"{name}-{seed}-{lr:g}.safetensors"
 
 
 def _pool(tasks: list[Task]) -> Task:
@@ -167,10 +191,12 @@ def _pool(tasks: list[Task]) -> Task:
     return replace(tasks[0], name=ALL, **splits)
 
 
-TRANSFER = Transfer(
+FEW, MANY = 256, 2000
+DOMAINS = Transfer(  # one question, the same two labels
     "minilm",
     mixed_precision="bf16",
-    ways={
+    tasks={name: Setting(name) for name in ("movie-reviews", "amazon", "news-comments", "tweets")},
+    methods={
         OWN: Way("new", MANY, 1, 8e-3),
         "head only": Way("head", MANY, 1, 1e-2),
         "few: head only": Way("head", FEW, 8, 1e-2),
@@ -182,12 +208,35 @@ TRANSFER = Transfer(
     },
 )
 
+PROPHETS = ("Isaiah", "Jeremiah", "Ezekiel")
+LAW, POETRY = ("Genesis", "Exodus", "Leviticus", "Numbers", "Deuteronomy"), ("Psalms", "Job", "Proverbs")
+BOOKS = {"law": LAW, "poetry": POETRY, "prophets": PROPHETS}
+SPLITS = {"validation": 300, "test": 300}
+OLD = {name: Setting("modern-bible", books=books, **SPLITS) for name, books in BOOKS.items()}
+PROMPTS = Transfer(  # English of 1611 into that of today, and back; all are scored on the Gospels
+    "tiny-t5",
+    batch_size=16,
+    max_length=80,
+    tasks=OLD
+    | {f"{name}, back": replace(to, back=True) for name, to in OLD.items()}
+    | {"Acts": Setting("modern-bible", books=("Acts",), **SPLITS)},
+    methods={
+        OWN: Way("new", 480, 1, 3.2),
+        "few: a new prompt": Way("new", 128, 1, 3.2),
+        "few: SPoT": Way("SPoT", 128, 1, 1.6),
+        "few: IPT": Way("IPT", 128, 1, 0.4),
+        "few: IPT, a random space": Way("IPT, random", 128, 1, 0.2),
+    },
+    tuned=PromptTuning(length=20),
+    targets=("Acts",),
+)
+
 
 def across(result: Row) -> dict[str, dict[str, list[float]]]:
-    """Test accuracy in per cent of each domain's adapter (and head) on each domain, one for each seed."""
-    domains = result["settings"]["domains"]
+    """Test accuracy in per cent of what was learned for each domain on each domain, one for each seed."""
+    domains = result["settings"]["tasks"]
     found = {trained: {tested: [] for tested in domains} for trained in domains}
-    for run in TRANSFER.own(result):
+    for run in DOMAINS.own(result):
         for tested in domains:
             found[run["task"]][tested].append(score(run["across"][tested]))
     return found

@@ -65,6 +65,25 @@ class Task:
                 raise ValueError(f"{name}: got {value!r}, but {accepted} is accepted")
         return replace(self, question=question, answers=answers)
 
+    def only(self, books: Iterable[str]) -> "Task":
+        """The same text2text task, trained on the items alone whose id is that of one of the ``books``, such
+        as "Psalms".  Raises ValueError for another task, or a book without an item."""
+        books = tuple(books)
+        column = self.train["id"] if self.kind == "text2text" else []
+        places = [at.rsplit(" ", 1)[0] for at in column]
+        if missing := [book for book in books if book not in places]:
+            known = ", ".join(dict.fromkeys(places)) or "a text2text task"
+            raise ValueError(f"books: got {missing[0]!r}, but {known} is accepted")
+        return replace(self, train=self.train.select([i for i, at in enumerate(places) if at in books]))
+
+    def back(self) -> "Task":
+        """The text2text task the other way round, from target to source.  Raises ValueError for another."""
+        if self.kind != "text2text":
+            raise ValueError(f"task: got {self.kind!r}, but a text2text task is accepted")
+        names = {"source": "target", "target": "source"}
+        splits = {split: getattr(self, split).rename_columns(names) for split in SPLITS}
+        return replace(self, **splits)
+
     def encode(
         self, tokenizer: PreTrainedTokenizerBase, split: str, max_length: int = 64
     ) -> datasets.Dataset:
