@@ -67,8 +67,9 @@ REGIONS = {
 }
 CAPTION = (
     "The classes of the survey. A hybrid stands where circles overlap. Each name leads to its page. Drawn "
-    "from what the methods do once attached, after Figure 2 of the survey, with six names more. *The survey "
-    "draws (IA)³ as additive, since it adds vectors. Here it stands where they act, in weights."
+    "from where the parts of a method act and how they are written, after Figure 2 of the survey, with six "
+    "names more. *The survey draws (IA)³ as additive, since it adds vectors. Here it stands where they act, in "
+    "weights."
 )
 
 
