@@ -1,6 +1,8 @@
 """The command ``guidelib``: what takes longer than a notebook may, and what remakes the files in the
 package."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +11,15 @@ import typer
 TOKENS = 16e6  # what tiny-t5 was trained on
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+
+
+@contextmanager
+def _in_a_sentence() -> Iterator[None]:
+    """What the library refuses, or could not do, without a traceback."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 @app.command()
@@ -22,10 +33,8 @@ def compare(
     """
     from guidelib import experiments
 
-    try:
+    with _in_a_sentence():
         typer.echo(experiments.run(name, jobs=jobs))
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
 
 
 @app.command()
@@ -40,7 +49,9 @@ def rebuild(
     """
     from guidelib.materials import tasks
 
-    if not tasks.rebuild_task(*[name] if name else [], source_dir=sources, out_dir=out):
+    with _in_a_sentence():
+        same = tasks.rebuild_task(*[name] if name else [], source_dir=sources, out_dir=out)
+    if not same:
         raise typer.Exit(1)
 
 
@@ -60,12 +71,13 @@ def pretrain(
 
     if name != "tiny-t5":
         raise typer.BadParameter(f"{name!r} is not a model of this project; tiny-t5 is accepted")
-    plan = Plan(tokens=int(tokens), seed=seed)
-    typer.echo(pretrain(corpus(fetch(sources)), plan, out))
+    with _in_a_sentence():
+        plan = Plan(tokens=int(tokens), seed=seed)
+        typer.echo(pretrain(corpus(fetch(sources)), plan, out))
 
 
 @app.command()
-def benchmark(pairs: Annotated[int, typer.Option(help="turns to take")] = 15) -> None:
+def benchmark(pairs: Annotated[int, typer.Option(help="turns to take", min=6)] = 15) -> None:
     """Print what each method takes on this machine: a training step as a ratio to full fine-tuning, one text
     at inference as a ratio to the base, and what keeping a frozen model's states saves.  Medians of paired
     ratios, with their 95 % intervals."""

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import Timeout
 from safetensors.torch import load_file
 from scipy import stats
 from test_training import TASK
@@ -27,7 +29,7 @@ from guidelib.experiments import Comparison, Results, Setting, compare, load_res
 from guidelib.experiments.base import Arm, pack, score, unpack
 from guidelib.experiments.transfer import ALL, OWN, Transfer, Way
 from guidelib.experiments.verdict import holm
-from guidelib.experiments.work import _begin, _work, add, read, work
+from guidelib.experiments.work import _begin, _lock, _locked, _work, add, read, work
 from guidelib.materials.tasks import load_task
 
 PLAN = """
@@ -166,6 +168,7 @@ def test_a_comparison_from_start_to_end(tiny, here):
     assert row["count"]["trainable"] == 4 * 2 * 64 + 66
     before = path.read_text()
     assert make(experiment, path) and path.read_text() == before  # nothing is left to do
+    assert len(list(path.parent.glob(".*.lock"))) == 1  # the file's, and none of a run
 
 
 def test_the_rate_of_head_only_is_the_heads(tiny, here, monkeypatch):
@@ -212,6 +215,14 @@ def test_a_comparison_that_was_killed_ends_as_one_that_was_not(tmp_path):
     work(read_plan(tmp_path / "whole.yaml"), files["whole"], progress=False)
     assert untimed(files["killed"]) == untimed(files["whole"])
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_processes_with_temporary_folders_of_their_own_see_one_lock(tiny, monkeypatch, tmp_path):
+    _, path = tiny
+    with _locked(path):
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
+        with pytest.raises(Timeout):
+            _lock(path, "the file itself", timeout=0).acquire()
 
 
 def test_many_may_add_to_one_file(tiny):
@@ -314,6 +325,11 @@ def test_a_sum_in_a_plan(tmp_path):
         ("train: 16", "trains: 16", "trains"),
         ("seeds: 2", "sedes: 2", "sedes"),
         ("methods:", "methods: [", "parsing"),
+        ("tiny-bert", "tiny-brat", "'tiny-brat' is not a backbone"),
+        ("\nseeds: 2", "\nseeds: two", "seeds must be a whole number of at least 1, got 'two'"),
+        ("tuning_seeds: 1", "tuning_seeds: 0", "tuning_seeds must be a whole number of at least 1, got 0"),
+        ("batch_size: 16", "mixed_precision: half", "mixed_precision must be no, bf16 or fp16, got 'half'"),
+        ("batch_size: 16", "head_lr: 0.0", "head_lr must be a learning rate such as 1.0e-2, got 0.0"),
     ],
 )
 def test_a_plan_that_is_wrong(tmp_path, old, new, words):
@@ -337,8 +353,10 @@ def test_the_plans_of_the_book(name):
 def test_unknown_names():
     with pytest.raises(ValueError, match="name must be one of .*, or a YAML file that is there, got 'huge'"):
         experiments.run("huge")
-    with pytest.raises(FileNotFoundError, match="'huge' is stored; `guidelib compare huge` makes it"):
+    with pytest.raises(ValueError, match="name must be one of .*, or a JSON file, got 'huge'"):
         load_results("huge")
+    with pytest.raises(FileNotFoundError, match="mine.json is stored; `guidelib compare mine.yaml` makes it"):
+        load_results("mine.json")
 
 
 # the verdict
@@ -400,6 +418,9 @@ def test_no_verdict_at_the_edge_of_the_grid_or_with_seeds_missing():
     at_edge = result_of({"base": BASE, "other": shifted(2)}, rates=(4.0, 2.0, 8.0))
     assert [v.verdict for v in compare(at_edge, "base")] == ["none", "none"]
     assert all(v.edge for v in compare(at_edge, "base"))
+    for scores in ({"base": BASE, "other": shifted(2)[:6]}, {"base": BASE[:6], "other": shifted(2)[:6]}):
+        missing = result_of(scores)
+        assert [v.verdict for v in compare(missing, "base")] == ["none", "none"]
     missing = result_of({"base": BASE, "other": shifted(2)[:6]})
     assert [v.verdict for v in compare(missing, "base")] == ["none", "none"]
     assert compare(missing, "base")[1].difference is None
@@ -408,6 +429,21 @@ def test_no_verdict_at_the_edge_of_the_grid_or_with_seeds_missing():
 def test_equal_scores_are_equal():
     (_, same) = compare(result_of({"base": BASE, "twin": BASE}), "base")
     assert (same.difference, same.low, same.high, same.p, same.verdict) == (0, 0, 0, 1, "equal")
+
+
+def test_the_search_and_the_verdict_prefer_the_same_rate():
+    """Equal sums of right answers tie, whatever their means are rounded to; then the loss decides."""
+    right = {1.0: (840, 860, 855), 2.0: (841, 859, 855), 0.5: (1, 1, 1), 4.0: (1, 1, 1)}
+    runs = [
+        run_of(lr, seed, n / 1067, loss=0.6 if lr == 1.0 else 0.5)
+        for lr, each in right.items()
+        for seed, n in enumerate(each)
+    ]
+    for run in runs:
+        run["test"] = {"accuracy": 0.5, "loss": 1.0}
+    settings = {"tasks": {"t": {}}, "methods": {"m": {}}, "seeds": 8, "tuning_seeds": 3}
+    (verdict,) = compare({"settings": settings, "runs": runs}, "m")
+    assert Results(plan(seeds=8, tuning_seeds=3), runs).rates(Arm("m", ("t",), 1.0))[1] == verdict.lr == 2.0
 
 
 def test_holm_by_hand():
@@ -603,6 +639,22 @@ def test_spot_starts_from_the_prompt_that_suits_the_target_best(prompts):
             if r["seed"] == run["seed"] and r["task"] != "Acts"
         }
         assert run["nearest"] == max(fits, key=fits.get)
+
+
+def test_what_would_start_from_something_diverged_counts_as_diverged(prompts, tmp_path, monkeypatch):
+    broken = prompts | {
+        "runs": [
+            {k: run[k] for k in ("task", "method", "lr", "seed")} | {"diverged": True}
+            if run["method"] == OWN and run["seed"] == 1
+            else run
+            for run in prompts["runs"]
+        ]
+    }
+    monkeypatch.setattr("guidelib.materials.tasks.load_task", load_task)
+    monkeypatch.setattr(Transfer, "fit", lambda self, *args: {"diverged": True})
+    for method in ("SPoT", "IPT"):
+        key = {"task": "Acts", "method": method, "lr": 1.0, "seed": 1}
+        assert TO_ACTS.run(key, broken, tmp_path) == {"diverged": True}
 
 
 def test_ways_on_the_target_are_compared_as_methods(prompts):

@@ -204,6 +204,13 @@ def test_a_task_brings_its_head():
         (dict(model="nobody/nothing"), OSError, "'nobody/nothing' could not be loaded"),
         (dict(model=7), ValueError, "model must be a backbone's name"),
         (dict(batch=0), ValueError, "batch must be a whole number of at least 1, got 0"),
+        (dict(batch=True), ValueError, "batch must be a whole number of at least 1, got True"),
+        (dict(length=257), ValueError, "length must be at most 256, the positions of the encoder, got 257"),
+        (
+            dict(model="tiny-bart", length=8, target_length=300),
+            ValueError,
+            "target_length must be at most 256, the positions of the decoder, got 300",
+        ),
         (dict(length=2.5), ValueError, "length must be a whole number of at least 1, got 2.5"),
         (dict(target_length=0), ValueError, "target_length must be a whole number of at least 1, got 0"),
         (dict(method=gl.LoRA(targets="cross")), ValueError, "'cross' is not in this bert model"),

@@ -13,13 +13,14 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 import transformers
 from typer.testing import CliRunner
 
 import guidelib.materials.data
 from guidelib import cli
 from guidelib.materials.data import EXCHANGED, EXTRACTS, FOLDER, HELD_OUT
-from guidelib.materials.tasks import SPLITS, load_task, main, rebuild_task, task_card
+from guidelib.materials.tasks import SPLITS, Task, load_task, main, rebuild_task, task_card
 
 PAGE = Path(__file__).parent.parent / "book" / "data.md"
 SIZES = {
@@ -221,6 +222,19 @@ def test_a_question_stays_whole_around_a_text_that_is_cut(length):
         assert bytes(i - 3 for i in ids[:-1]).decode("utf-8", "ignore") == f"On {text[:room]} It"
 
 
+def test_a_question_stays_whole_behind_half_a_character():
+    """A byte-level tokenizer cuts within an emoji, and what is left of it would be read as more tokens."""
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["a review"], vocab_size=261)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
+    texts = datasets.Dataset.from_dict({"text": ["\U0001f600" * 9], "label": [0]})
+    task = Task("faces", "classification", ("bad", "good"), texts, texts, texts)
+    asked = task.ask("{} Sentiment:", ("bad", "good"))
+    for length in range(12, 40):
+        (ids,) = asked.encode(tokenizer, "train", max_length=length)["input_ids"]
+        assert tokenizer.decode(ids).endswith("\U0001f600 Sentiment:") or length < 15
+
+
 @pytest.mark.parametrize(
     ("question", "answers", "name"),
     [
@@ -274,6 +288,18 @@ def test_a_task_of_some_books_and_back():
     for call in (lambda task: task.only(["Psalms"]), lambda task: task.back()):
         with pytest.raises(ValueError, match="a text2text task is accepted"):
             call(load_task("tweets"))
+
+
+@pytest.mark.parametrize("wrong", [dict(train=2.5), dict(train=4, seed=-1), dict(train=4, seed="0")])
+def test_a_subset_of_an_impossible_size_or_seed(wrong):
+    with pytest.raises(ValueError, match=f"{[*wrong][-1]}: got .* is accepted"):
+        load_task("tweets").subset(**wrong)
+
+
+@pytest.mark.parametrize("name", [5, None])
+def test_a_name_is_text(name):
+    with pytest.raises(ValueError, match=f"name: got {name}, but one of movie-reviews, .* is accepted"):
+        load_task(name)
 
 
 def test_unknown_name_lists_the_accepted():

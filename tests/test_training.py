@@ -427,6 +427,11 @@ BAD = [
     (dict(warmup="0.1"), "warmup must be"),
     (dict(weight_decay=-1), "weight_decay must be"),
     (dict(max_length=0), "max_length"),
+    (dict(seed=-1), "seed must be a whole number from 0 to"),
+    (dict(seed="0"), "seed must be a whole number from 0 to"),
+    (dict(task="movie-reviews"), "task must be a Task, such as load_task() gives, got 'movie-reviews'"),
+    (dict(task=gl.load_task("topics")), "a head for: load_backbone(name, task), got 'topics with 12 labels'"),
+    (dict(task=gl.load_task("modern-bible")), "task must be a classification task, or an encoder-decoder"),
     (
         dict(task=empty()),
         "task must be a task with training data, got 'nothing with an empty training split'",
@@ -460,6 +465,19 @@ def test_something_has_to_be_attached_and_unmerged():
 def test_evaluate_wants_a_split_that_is_there(name):
     with pytest.raises(ValueError, match="split: got .* but one of train, validation, test is accepted"):
         gl.evaluate(attached(), TASK, TOKENIZER, split=name)
+
+
+@pytest.mark.parametrize("arguments", [dict(task=gl.load_task("topics")), dict(batch_size=0)])
+def test_evaluate_wants_what_the_model_can(arguments):
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be"):
+        gl.evaluate(**dict(model=attached(), task=TASK, tokenizer=TOKENIZER) | arguments)
+
+
+def test_a_bare_backbone_has_no_head_to_train():
+    model, tokenizer = gl.load_backbone("tiny-bert")
+    gl.attach(model, gl.LoRA(r=2))
+    with pytest.raises(ValueError, match="a task that the model has a head for"):
+        gl.fit(model, TASK, tokenizer, **QUICK)
 
 
 def test_evaluate_wants_data():

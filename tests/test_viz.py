@@ -318,6 +318,10 @@ def test_table():
     ends = [re.search("text-align:(left|right)", cell["style"])[1] for cell in soup.tbody.tr(["th", "td"])]
     assert ends == ["left", "right", "right", "left", "right"]
     assert repr(viz.table([{"loss": 1234.5678}, {"loss": 1e-8}])) == " loss\n-----\n1,235\n1e-08"
+    assert repr(viz.table([{"n": np.int64(1234567)}, {"n": np.float32(0.123456789)}])).split()[-2:] == [
+        "1,234,567",
+        "0.1235",
+    ]
 
 
 @pytest.mark.parametrize("zero", [-0.0, "-0.0", "−0.00", -0])

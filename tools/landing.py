@@ -68,8 +68,8 @@ REGIONS = {
 CAPTION = (
     "The classes of the survey. A hybrid stands where circles overlap. Each name leads to its page. Drawn "
     "from where the parts of a method act and how they are written, after Figure 2 of the survey, with six "
-    "names more. *The survey draws (IA)³ as additive, since it adds vectors. Here it stands where they act, in "
-    "weights."
+    "names more. *The survey draws (IA)³ as additive, since it adds vectors. Here it stands where they act, "
+    "in weights."
 )
 
 

@@ -91,13 +91,13 @@ def bytes_kept(device: str, tiny: bool) -> Iterator[dict]:
             )
             peft = gl.attach(model, method)
             if "checkpointing" in options:
-                model.gradient_checkpointing_enable()
+                gl.checkpointing(model)
             less = "keep_less" in options
             row = {"method": label, "way": way, "predicted": predicted.saved_bytes}
             row["measured"] = gl.costs.saved_bytes(model, batch, keep_less=less)
             row["peak above weights"] = peak(model, batch) if device == "cuda" and not less else None
             if "checkpointing" in options:
-                model.gradient_checkpointing_disable()
+                gl.checkpointing(model, False)
             peft.detach()
             yield row
 

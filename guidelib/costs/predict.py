@@ -8,6 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from guidelib.core.anatomy import Anatomy
 from guidelib.core.attaching import attach
 from guidelib.core.method import Method, expect
 from guidelib.costs.measure import Costs, measure
@@ -48,17 +49,28 @@ def predict(
     task, dtype (by default 32 bits): for a name or a configuration; a model has its own.  checkpointing: with
     gradient checkpointing, as transformers switches it on.  keep_less, dropout: as for `measure`.
 
-    Raises as `load_backbone` and `attach` do, and ValueError for an impossible size.
+    Raises as `load_backbone` and `attach` do, and ValueError for an impossible size, or more tokens than a
+    learned table of positions has.
     """
     for name, value in (("batch", batch), ("length", length), ("target_length", target_length)):
-        whole = isinstance(value, int) and value >= 1 or (value is None and name == "target_length")
+        whole = type(value) is int and value >= 1 or (value is None and name == "target_length")
         expect(whole, name, value, "a whole number of at least 1")
     model = _blank(model, task, dtype)
+    _expect_room(model, length, target_length or length)
     attach(model, method)
     if checkpointing:
         switch_on_checkpointing(model)
     inputs = _batch(model, batch, length, target_length or length, padded)
     return measure(model, inputs, dropout=dropout, keep_less=keep_less)
+
+
+def _expect_room(model: PreTrainedModel, length: int, target_length: int) -> None:
+    """Raise ValueError if a stack has a table of fewer positions than it is to read."""
+    for name, body in Anatomy(model).bodies().items():
+        targets = name == "decoder" and model.config.is_encoder_decoder
+        argument, tokens = ("target_length", target_length) if targets else ("length", length)
+        fits = body.places is None or tokens <= body.places
+        expect(fits, argument, tokens, f"at most {body.places}, the positions of the {name}")
 
 
 def _blank(

@@ -93,10 +93,12 @@ def flops(model: nn.Module, batch: Batch, *, keep_less: bool = False) -> tuple[i
         # a real backward pass: torch.autograd.grad would leave out what no wanted gradient needs
         before = {p: p.grad for p in model.parameters()}
         model.zero_grad()  # sets them to None, so that nothing is added to what stood there
-        with FlopCounterMode(display=False) as counter:
-            loss.backward()
-        for parameter, gradient in before.items():
-            parameter.grad = gradient
+        try:
+            with FlopCounterMode(display=False) as counter:
+                loss.backward()
+        finally:
+            for parameter, gradient in before.items():
+                parameter.grad = gradient
         return forward, counter.get_total_flops()
 
 

@@ -64,9 +64,14 @@ def run(name: str, folder: Path | None = None, *, jobs: int = 1, progress: bool 
 def load_results(name: str) -> Row:
     """A stored result: its settings, provenance and runs.  ``name``: of this book, or a file of your own.
 
-    Raises FileNotFoundError with the command to make it.
+    Raises FileNotFoundError with the command to make it, ValueError for a name that is none of this book's.
     """
-    path = Path(name) if str(name).endswith(".json") else RESULTS / f"{name}.json"
+    own = str(name).endswith(".json")
+    path = Path(name) if own else RESULTS / f"{name}.json"
     if not path.exists():
-        raise FileNotFoundError(f"name: no result {name!r} is stored; `guidelib compare {name}` makes it")
+        plan = path.with_suffix(".yaml") if own else name
+        expect(own or name in names(), "name", name, f"one of {', '.join(names())}, or a JSON file")
+        raise FileNotFoundError(
+            f"name: no result {str(name)!r} is stored; `guidelib compare {plan}` makes it"
+        )
     return read(path)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from guidelib.core.attaching import attached
+from guidelib.core.method import expect
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,7 +143,8 @@ def pack(each: np.ndarray) -> str:
 
 
 def unpack(text: str, items: int) -> np.ndarray:
-    """The result of each of ``items`` items, in per cent: what ``pack`` has packed."""
+    """The result of each of ``items`` items (two or more), in per cent: what ``pack`` has packed."""
+    expect(items > 1, "items", items, "two or more: of one, a bit and a byte look alike")
     data = np.frombuffer(base64.b64decode(text), dtype=np.uint8)
     return data / 2 if len(data) == items else 100.0 * np.unpackbits(data)[:items]
 
@@ -155,6 +157,14 @@ def score(run: Row, split: str = "test") -> float:
     if scores is None:
         return 0.0
     return 100 * (scores["accuracy"] if "accuracy" in scores else math.exp(-scores["loss"]))
+
+
+def preference(runs: list[Row]) -> tuple[float, float]:
+    """What a rate is chosen by, from its runs: the mean validation score, rounded so that equal sums of right
+    answers tie, then the negative mean loss."""
+    losses = [run["validation"]["loss"] if "validation" in run else math.inf for run in runs]
+    mean = statistics.mean(score(run, "validation") for run in runs)
+    return round(mean, 9), -statistics.mean(losses)
 
 
 class Results:
@@ -182,13 +192,11 @@ class Results:
                 return tried, tried[best]
 
     def validation(self, arm: Arm, lr: float) -> tuple[float, float] | None:
-        """The mean score and, for ties, the negative mean loss.  None if a run is missing."""
+        """Its `preference`, None if a run is missing."""
         keys = [(task, arm.method, lr, seed) for task in arm.tasks for seed in range(self.tuning)]
         if any(key not in self.made for key in keys):
             return None
-        runs = [self.made[key] for key in keys]
-        losses = [run["validation"]["loss"] if "validation" in run else float("inf") for run in runs]
-        return statistics.mean(score(run, "validation") for run in runs), -statistics.mean(losses)
+        return preference([self.made[key] for key in keys])
 
     @property
     def tuning(self) -> int:

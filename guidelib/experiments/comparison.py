@@ -60,6 +60,21 @@ class Comparison(Experiment):
     tasks: dict[str, Setting]
     methods: dict[str, tuple[Method | None, float]]
 
+    def check(self) -> None:
+        """Raise ValueError for what no run could be made with."""
+        from guidelib.materials.configs import expect_name
+
+        expect_name(self.backbone)
+        for name in ("seeds", "tuning_seeds", "batch_size", "max_length"):
+            value = getattr(self, name)
+            expect(type(value) is int and value >= 1, name, value, "a whole number of at least 1")
+        number = isinstance(self.head_lr, float) and self.head_lr > 0
+        expect(number, "head_lr", self.head_lr, "a learning rate such as 1.0e-2")
+        precisions = ("no", "bf16", "fp16")
+        expect(
+            self.mixed_precision in precisions, "mixed_precision", self.mixed_precision, "no, bf16 or fp16"
+        )
+
     def arms(self) -> list[Arm]:
         return [Arm(label, (task,), rate) for task in self.tasks for label, (_, rate) in self.methods.items()]
 
@@ -114,6 +129,7 @@ def read_plan(path: Path) -> Comparison:
         tasks = {name: Setting(**{"task": name} | (given or {})) for name, given in settings["tasks"].items()}
         methods = {label: _method(label, dict(given)) for label, given in settings["methods"].items()}
         plan = Comparison(**settings | {"tasks": tasks, "methods": methods})
+        plan.check()
     except (yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"path: {path.name} is not a plan of a comparison: {error}") from error
     return plan

@@ -82,7 +82,10 @@ class Transfer(Experiment):
         tasks = {each: replace(to, train=way.train).data(seed) for each, to in self.tasks.items()}
         task = _pool(list(tasks.values())) if name == ALL else tasks[name]
         model, tokenizer = load_backbone(self.backbone, task, seed=seed)
-        attachment, row = self._start(model, way, name, seed, result, folder)
+        started = self._start(model, way, name, seed, result, folder)
+        if started is None:
+            return {"diverged": True}
+        attachment, row = started
         head_lr = lr if way.start == "head" else None
         trained = self.fit(model, task, tokenizer, lr, way.epochs, seed, head_lr)
         if "diverged" in trained:
@@ -103,8 +106,8 @@ class Transfer(Experiment):
 
     def _start(
         self, model: PreTrainedModel, way: Way, name: str, seed: int, result: Row, folder: Path
-    ) -> tuple[Attachment, Row]:
-        """Attach what the way starts from; and what the run has to say of it."""
+    ) -> tuple[Attachment, Row] | None:
+        """Attach what the way starts from; and what the run has to say of it.  None if that has diverged."""
         if way.start in ("new", "pooled"):
             return attach(model, self.tuned, seed=seed), {}
         if way.start == "head":
@@ -115,8 +118,10 @@ class Transfer(Experiment):
             fits = {
                 run["task"]: score(run["across"][name], "validation")
                 for run in self.own(result)
-                if run["seed"] == seed and run["task"] != name
+                if run["seed"] == seed and run["task"] != name and "across" in run
             }
+            if not fits:
+                return None
             nearest = max(fits, key=fits.get)
             file = self._made(nearest, seed, result, folder)
             if way.start == "nearest":
@@ -125,6 +130,8 @@ class Transfer(Experiment):
             return attach(model, spot, seed=seed), {"nearest": nearest}
         names = [each for each in self.tasks if way.start == "fusion of all" or each != name]
         files = tuple(self._made(each, seed, result, folder) for each in names)
+        if not all(file.exists() for file in files):
+            return None
         if way.start == "IPT":
             prompts = [read_prompt(Anatomy(model), file) for file in files]
             ipt = IPT(self.tuned.length)
@@ -134,7 +141,8 @@ class Transfer(Experiment):
         return attach(model, AdapterFusion(files, self.tuned), seed=seed), {}
 
     def _made(self, name: str, seed: int, result: Row, folder: Path) -> Path:
-        """What has been learned for a task; made again if its file is gone."""
+        """The file of what has been learned for a task, made again if it is gone; there is none if that
+        diverges."""
         lr = self.best_rate(result, OWN)
         path = file_of(folder, name, seed, lr)
         if not path.exists():
@@ -238,5 +246,5 @@ def across(result: Row) -> dict[str, dict[str, list[float]]]:
     found = {trained: {tested: [] for tested in domains} for trained in domains}
     for run in DOMAINS.own(result):
         for tested in domains:
-            found[run["task"]][tested].append(score(run["across"][tested]))
+            found[run["task"]][tested].append(score(run.get("across", {}).get(tested, {})))
     return found

@@ -8,7 +8,7 @@ its 95 % interval and p-value (paired t-test), and the p-values are corrected fo
     above, below   the corrected p-value is less than 0.05
     equal          it is not, and the interval lies within the margin
     open           neither
-    none           the best rate of one of the two was at the edge of the rates tried, or runs are missing
+    none           the best rate of one of the two was at the edge of the rates tried, or seeds are missing
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from scipy import stats
 
 from guidelib.core.method import expect
-from guidelib.experiments.base import Row, score
+from guidelib.experiments.base import Row, preference, score
 
 LEVEL = 0.95
 
@@ -86,7 +86,8 @@ def compare(
     if reference not in found:
         return list(found.values())
     base = found[reference]
-    beside = [row for label, row in found.items() if label != reference and _comparable(row, base)]
+    seeds = result["settings"]["seeds"]
+    beside = [row for label, row in found.items() if label != reference and _comparable(row, base, seeds)]
     tests = [stats.ttest_rel(row.scores, base.scores) for row in beside]
     corrected = holm([test.pvalue for test in tests])
     for row, test, p in zip(beside, tests, corrected, strict=True):
@@ -119,18 +120,19 @@ def _best(result: Row, task: str, label: str) -> Verdict | None:
     settings = result["settings"]
     tuning = min(settings["tuning_seeds"], settings["seeds"])
     runs = [run for run in result["runs"] if (run["task"], run["method"]) == (task, label)]
-    rates, losses = {}, {}
+    tried = {}
     for lr in sorted({run["lr"] for run in runs}):
-        tried = [run for run in runs if run["lr"] == lr and run["seed"] < tuning]
-        if len(tried) == tuning:
-            rates[lr] = float(np.mean([score(run, "validation") for run in tried]))
-            losses[lr] = np.mean([run.get("validation", {"loss": np.inf})["loss"] for run in tried])
-    if not rates:
+        first = [run for run in runs if run["lr"] == lr and run["seed"] < tuning]
+        if len(first) == tuning:
+            tried[lr] = preference(first)
+    if not tried:
         return None
-    lr = max(rates, key=lambda lr: (rates[lr], -losses[lr]))
+    lr = max(tried, key=tried.get)
+    rates = {lr: mean for lr, (mean, _) in tried.items()}
     scores = {run["seed"]: score(run) for run in runs if run["lr"] == lr}
     return Verdict(task, label, lr, rates, tuple(scores[seed] for seed in sorted(scores)))
 
 
-def _comparable(row: Verdict, base: Verdict) -> bool:
-    return not row.edge and not base.edge and len(row.scores) == len(base.scores) > 1
+def _comparable(row: Verdict, base: Verdict, seeds: int) -> bool:
+    """Whether both are at a rate of their own with all seeds, which then are the same ones."""
+    return not row.edge and not base.edge and len(row.scores) == len(base.scores) == seeds > 1

@@ -11,10 +11,9 @@ import hashlib
 import json
 import multiprocessing
 import os
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -112,6 +111,8 @@ def _at(path: Path, key: Row) -> Iterator[bool]:
     try:
         yield True
     finally:
+        with suppress(OSError):  # on Windows it stays
+            os.unlink(lock.lock_file)  # who is about to take it asks once more what is made
         lock.release()
 
 
@@ -120,8 +121,9 @@ def _locked(path: Path) -> FileLock:
 
 
 def _lock(path: Path, what: str, timeout: float) -> FileLock:
-    name = hashlib.sha256(f"{path.resolve()} {what}".encode()).hexdigest()[:32]
-    return FileLock(Path(tempfile.gettempdir(), f"guidelib-{name}.lock"), timeout=timeout)
+    """Beside the file, where all that work on it see it."""
+    name = hashlib.sha256(what.encode()).hexdigest()[:16]
+    return FileLock(path.with_name(f".{path.stem}-{name}.lock"), timeout=timeout)
 
 
 def _made(path: Path, experiment: Experiment, key: Row) -> bool:

@@ -26,6 +26,7 @@ __all__ = ["Task", "load_task", "rebuild_task", "task_card"]
 SPLITS = ("train", "validation", "test")
 TEXT_COLUMNS = ("text", "sentence", "content", "review")  # on the hub, in this order
 LABEL_COLUMNS = ("label", "labels")
+HALVED = "\ufffd"  # what a cut within a character of several tokens leaves, which is longer than the tokens
 COLUMNS = {"classification": ("text", "label"), "text2text": ("id", "source", "target")}  # of a task, by kind
 
 
@@ -120,7 +121,7 @@ class Task:
             )
         own = tokenizer(texts, add_special_tokens=False)["input_ids"]
         texts = [
-            text if len(ids) <= room else tokenizer.decode(ids[:room])
+            text if len(ids) <= room else tokenizer.decode(ids[:room]).rstrip(HALVED)
             for text, ids in zip(texts, own, strict=True)
         ]
         return tokenizer([self.question.replace("{}", text) for text in texts], **cut)
@@ -132,12 +133,14 @@ class Task:
 
         With the same seed, a smaller draw is the beginning of a larger one.
         """
+        if not (isinstance(seed, int) and seed >= 0):
+            raise ValueError(f"seed: got {seed!r}, but a whole number of at least 0 is accepted")
         chosen = {}
         for split, size in zip(SPLITS, (train, validation, test), strict=True):
             data = getattr(self, split)
             if size is None:
                 continue
-            if not 1 <= size <= len(data):
+            if not (isinstance(size, int) and 1 <= size <= len(data)):
                 raise ValueError(
                     f"{split}: got {size}, but 1 to {len(data)} (all items of {self.name!r}) is accepted"
                 )
@@ -151,6 +154,8 @@ def load_task(name: str = "movie-reviews") -> Task:
     A name with a "/" is a Hugging Face hub id; see `_from_hub` for what its columns must be. Raises
     ValueError for an unknown name, or a file that is not the one this version of guidelib was made with.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"name: got {name!r}, but one of {', '.join(EXTRACTS)} or a hub id is accepted")
     if "/" in name:
         return _from_hub(name)
     record, data = extract(name), (FOLDER / f"{name}.parquet").read_bytes()

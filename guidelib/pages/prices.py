@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
-import time
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
@@ -14,6 +14,7 @@ from guidelib.core.attaching import Count, attach
 from guidelib.core.method import Method, expect
 from guidelib.costs import kernels as operations
 from guidelib.costs import saved_bytes
+from guidelib.costs.benchmark import ratio, take_turns
 from guidelib.costs.measure import Costs, measure
 from guidelib.materials.backbones import load_backbone
 from guidelib.pages.viz import Output, live, table
@@ -188,7 +189,7 @@ def _price(model: PreTrainedModel, method: Method, base: int, inputs: Sequence[d
     attachment = attach(model, method)
     try:
         cost = measure(model, inputs[0])
-        terms = _terms(cost, model)
+        terms = _terms(cost)
         acting, merged = operations(model, inputs[0]), None
         kept = [cost.saved_bytes, *(saved_bytes(model, batch) for batch in inputs[1:])]
         if attachment.parts and attachment.mergeable:
@@ -209,12 +210,10 @@ def _price(model: PreTrainedModel, method: Method, base: int, inputs: Sequence[d
         attachment.detach()
 
 
-def _terms(cost: Costs, model: PreTrainedModel) -> dict[str, int]:
+def _terms(cost: Costs) -> dict[str, int]:
     """Bytes of the terms that do not depend on the batch."""
-    tensors = (*model.parameters(), *model.buffers())
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return {
-        "weights": sum(storages.values()),
+        "weights": cost.memory.weights,
         "gradients": cost.gradient_bytes,
         "optimiser": cost.optimizer_bytes,
     }
@@ -228,17 +227,13 @@ def _exact(cost: Costs) -> bool | None:
 
 def _latency(model: PreTrainedModel, method: Method, batch: dict, pairs: int = 30) -> float:
     """The median of paired times, with the method attached over without."""
+    acting = copy.deepcopy(model)
+    attach(acting, method)
+    runs = {"method": partial(_pass, acting, batch), "base": partial(_pass, model, batch)}
+    times = take_turns(runs, pairs)
+    return ratio(times["method"], times["base"]).median
 
-    @torch.inference_mode()
-    def seconds() -> float:
-        start = time.perf_counter()
-        model(**batch)
-        return time.perf_counter() - start
 
-    ratios = []
-    for _ in range(pairs):
-        without = seconds()
-        attachment = attach(model, method)
-        ratios.append(seconds() / without)
-        attachment.detach()
-    return statistics.median(ratios)
+@torch.inference_mode()
+def _pass(model: PreTrainedModel, batch: dict) -> None:
+    model(**batch)

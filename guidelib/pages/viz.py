@@ -85,6 +85,7 @@ class Output:
 
 def _text(value: Any) -> str:
     """A value as a reader sees it: 22,713,216 and 0.01235 and yes; other types by `str`."""
+    value = value.item() if isinstance(value, np.generic) else value
     if value is None or isinstance(value, bool):
         return {None: "–", True: "yes", False: "no"}[value]
     if isinstance(value, int):

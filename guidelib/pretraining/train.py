@@ -71,6 +71,9 @@ class Plan:
     clip: float = 1.0
     vocabulary: int = 4096
 
+    def __post_init__(self):
+        expect(self.tokens >= 1, "tokens", self.tokens, "at least 1")
+
     @property
     def steps(self) -> int:
         return math.ceil(self.tokens / self.batch)

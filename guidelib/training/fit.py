@@ -7,6 +7,7 @@ notebook.
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 import tempfile
@@ -76,6 +77,7 @@ def fit(
     progress: bool = True,
 ) -> Fit:
     """Train what is attached to ``model`` on the task's training split, with AdamW and a linear schedule.
+    Where all gradients together are longer than 1, they are shortened to it.
 
     lr: peak learning rate.  head_lr: that of the task head, ``lr`` where it is not given.  warmup: share of
     the steps over which the rate rises.  max_length: tokens kept of each text.  Batches hold texts of
@@ -100,6 +102,8 @@ def fit(
     """
     attachment = attached(model)
     attachment.check()
+    _expect_task(model, task)
+    expect(type(seed) is int and 0 <= seed < 2**32, "seed", seed, "a whole number from 0 to 2**32 - 1")
     expect(not attachment.merged, "model", "a merged one", "unmerged while it trains; call unmerge() first")
     for name, value in (("lr", lr), ("head_lr", lr if head_lr is None else head_lr), ("epochs", epochs)):
         expect(_finite(value) and value > 0, name, value, "a positive number")
@@ -205,8 +209,12 @@ def evaluate(
     `guidelib.training.text2text.score` for what it writes greedily, unless ``write`` is False.  ``each`` adds
     an array with one entry per item, in the order of the data: whether the answer is right, or the chrF of
     the text.
-    mixed_precision: "no", "bf16" or "fp16", as in ``fit``.
+    mixed_precision: "no", "bf16" or "fp16", as in ``fit``.  Raises ValueError for a task that is not the
+    model's, an empty split or an impossible number.
     """
+    _expect_task(model, task)
+    whole = isinstance(batch_size, int) and batch_size >= 1
+    expect(whole, "batch_size", batch_size, "a whole number of at least 1")
     fits = mixed_precision in ("no", *HALF)
     expect(fits, "mixed_precision", mixed_precision, f"one of no, {', '.join(HALF)}")
     full = split not in SPLITS or len(getattr(task, split)) > 0
@@ -267,6 +275,20 @@ def _ready(model: PreTrainedModel) -> Iterator[None]:
         training = model.training
         vars(model).clear()  # autocast around the forward pass would act for ever
         vars(model).update(before, training=training)
+
+
+def _expect_task(model: PreTrainedModel, task: Task) -> None:
+    """Raise ValueError if the model has no head for the task."""
+    expect(isinstance(task, Task), "task", task, "a Task, such as load_task() gives")
+    writes = model.get_output_embeddings() is not None
+    if task.kind == "text2text":
+        right = writes and model.config.is_encoder_decoder
+        expect(right, "task", task.name, "a classification task, or an encoder-decoder that writes")
+    else:
+        right = "labels" in inspect.signature(model.forward).parameters and not writes
+        right = right and model.config.num_labels >= len(task.labels)
+        what = f"{task.name} with {len(task.labels)} labels"
+        expect(right, "task", what, "a task that the model has a head for: load_backbone(name, task)")
 
 
 def _finite(value: object) -> bool:
