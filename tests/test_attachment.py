@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel
 
 import guidelib as gl
+from guidelib.core.anatomy import Anatomy
 from guidelib.core.files import checksum
 from guidelib.core.method import On, Spec, Sum
 from guidelib.core.points.weight_delta import Delta, DeltaPart, WeightDelta
@@ -852,3 +854,26 @@ def test_a_merge_that_fails_halfway_leaves_the_weights_as_they_were(monkeypatch)
     assert not attachment.merged
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert torch.equal(outputs(model, batch("tiny-bert")), acting)
+
+
+def test_where_warnings_are_errors_the_model_stays_as_it_was(monkeypatch):
+    model = build("tiny-bert")
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    monkeypatch.setattr(
+        Anatomy, "drawn", frozenset(n for n, _ in model.named_parameters() if ".layer.0." in n)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="came with no checkpoint"):
+            gl.attach(model, gl.LoRA(r=2))
+    assert not hasattr(model, "guidelib")
+    assert before == {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def test_a_layer_that_is_not_plain_is_no_damaged_file(tmp_path):
+    path = gl.attach(build("tiny-bert"), gl.DoRA(r=2)).save(tmp_path / "dora.safetensors")
+    model = build("tiny-bert")
+    layer = model.base_model.encoder.layer[0].attention.self.query
+    layer.forward = lambda x: type(layer).forward(layer, x)
+    with pytest.raises(ValueError, match="'dora.safetensors' does not fit: .* whose forward was replaced"):
+        gl.load(model, path)

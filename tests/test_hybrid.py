@@ -7,6 +7,7 @@ import pytest
 import torch
 from common import BACKBONES, DECODERS, batch, build, outputs, randomise
 from notebook_rules import ROOT
+from safetensors.torch import load_file
 from test_adapters import golden, golden_model, meta, theirs  # noqa: F401 (golden is a fixture)
 from test_lora import ROBERTA_BASE, T5_LARGE
 
@@ -299,7 +300,7 @@ def test_a_gated_prefix_is_its_definition(backbone, attention):
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        (gl.FullFineTuning(), "train nothing of the base in place to be gated, got FullFineTuning"),
+        (gl.FullFineTuning(), "train or rewrite nothing of the base to be gated, got FullFineTuning"),
         (gl.IA3(), "add something beside a map to be gated, got IA3: IA3_"),
         (gl.PromptTuning(length=2), "add something beside a map to be gated, got PromptTuning"),
         (gl.LST(), "add something beside a map to be gated, got LST"),
@@ -378,3 +379,52 @@ def test_krona_res_has_impossible_arguments():
         gl.KronARes(residual=1)
     with pytest.raises(ValueError, match=r"shape must be divisors of \(32, 32\), the shape of encoder.0.ffn"):
         gl.attach(build("tiny-bert"), gl.KronARes(shape=(5, 5)))
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (gl.ReLoRA(r=2), "train or rewrite nothing of the base to be gated, got ReLoRA"),
+        (gl.Gated(gl.LoRA(r=2)), "method must be one that is not gated already"),
+    ],
+    ids=["rewrites", "gated"],
+)
+def test_what_cannot_be_gated_is_refused(method, message):
+    model = build("tiny-bert")
+    with pytest.raises(ValueError, match=message):
+        gl.attach(model, gl.Gated(method))
+    assert not hasattr(model, "guidelib")
+
+
+@pytest.mark.parametrize("backbone", ["tiny-bert", "tiny-gpt2"])
+def test_open_gates_on_rows_change_nothing(backbone):
+    inputs, found = batch(backbone), []
+    for method in (gl.FAR(), gl.Gated(gl.FAR())):
+        model = build(backbone)
+        attachment = gl.attach(model, method, seed=1)
+        with torch.no_grad():
+            torch.manual_seed(2)
+            for part in attachment.parts:
+                for p in (p for name, p in part.named_parameters() if "gating" not in name):
+                    p.add_(0.1 * torch.randn_like(p))
+                if part.gating is not None:
+                    part.gating.weight.zero_()
+                    part.gating.bias.fill_(40.0)
+        found.append(outputs(model, inputs))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+
+
+def test_compacter_and_checkpoints_of_transformers(tmp_path):
+    """What its maps share is written once, as transformers asks for."""
+    model = build("tiny-bert", dtype=torch.float32)
+    gl.attach(model, gl.Compacter(r=4))
+    model.save_pretrained(tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    assert sum(name.endswith(".A") for name in held) == 1
+
+
+def test_experts_share_what_their_maps_share():
+    model = build("tiny-bert")
+    factory = gl.PHM(n=2, rank=1, shared=True)
+    gl.attach(model, gl.AdaMix(r=4, experts=2, linear=factory))
+    assert len({id(p) for name, p in model.named_parameters() if name.endswith(".A")}) == 1

@@ -272,3 +272,13 @@ def test_it_learns_what_a_sparse_delta_can_do():
     assert [*own] == ["1"]
     largest = own["1"].index[own["1"].values.abs().topk(2).indices]
     assert set(largest.tolist()) == places
+
+
+def test_gates_that_all_closed_leave_nothing_to_choose():
+    model, inputs = build("tiny-bert"), batch("tiny-bert")
+    attachment = gl.attach(model, gl.LeTS(hidden=3))
+    with torch.no_grad():
+        attachment.parts[0].networks["encoder"].gates.fill_(-1)
+    attachment.method.finish(attachment)
+    attachment.method.prepare(attachment, [inputs])
+    assert torch.isfinite(outputs(model, inputs)).all()

@@ -272,3 +272,19 @@ def test_the_first_phase_takes_the_memory_of_full_fine_tuning():
     assert attachment.count().trainable == attachment.count().changed == count.trainable
     norms = sum(p.nbytes for p in attachment.anatomy.norms().values())
     assert gl.costs.saved_bytes(ours, inputs) == gl.costs.saved_bytes(full, inputs) + norms
+
+
+def test_deltas_of_diff_pruning_act_when_they_are_loaded(tmp_path):
+    model, inputs = build("tiny-bert"), batch("tiny-bert")
+    attachment = gl.attach(model, gl.DiffPruning(keep=0.02))
+    (part,) = attachment.parts
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        for dense in part.dense:
+            dense.normal_(std=0.3)
+    attachment.method.after_step(attachment, 10, 10, optimizer)
+    expected, path = outputs(model.eval(), inputs), attachment.save(tmp_path / "pruned.safetensors")
+    fresh = build("tiny-bert")
+    gl.load_deltas(fresh, [path])
+    torch.testing.assert_close(outputs(fresh, inputs), expected)
+    assert not torch.equal(expected, outputs(build("tiny-bert"), inputs))

@@ -529,3 +529,17 @@ def test_a_decoder_that_attends_to_another_model_is_refused():
     )  # fmt: skip
     with pytest.raises(ValueError, match="model must be one with its own encoder, got"):
         gl.attach(BertModel(config), gl.LST(4))
+
+
+def test_each_module_gets_back_the_mode_that_it_was_put_in():
+    model = build("tiny-bert").train()
+    dropout = next(m for m in model.modules() if isinstance(m, torch.nn.Dropout))
+    dropout.eval()
+    attachment = gl.attach(model, gl.LST(reduction=2))
+    assert not any(m.training for m in attachment.parts[0].closed)
+    attachment.detach()
+    assert not dropout.training and model.base_model.encoder.training
+    attachment = gl.attach(model, gl.LST(reduction=2))
+    model.eval()
+    attachment.detach()
+    assert not any(m.training for m in model.modules())

@@ -30,11 +30,13 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    StaticCache,
     T5Config,
 )
 
 import guidelib as gl
 from guidelib.additive.soft_prompts.reparametrized import LSTM
+from guidelib.core.anatomy import Anatomy
 from guidelib.costs import kernels
 
 TOKENS = (7, 30, 11, 200)
@@ -766,3 +768,121 @@ def test_a_prefix_without_a_gate_pays_for_none():
     base = kernels(model, inputs)
     gl.attach(model, gl.PrefixTuning(length=3))
     assert kernels(model, inputs) == base + 7 * 2
+
+
+@pytest.mark.parametrize("backbone", ["tiny-llama", "tiny-gpt2"])
+@pytest.mark.parametrize("method", [gl.PrefixTuning(3), gl.Gated(gl.PrefixTuning(3))], ids=repr)
+def test_a_static_cache_sees_the_tokens_that_are_there(backbone, method):
+    """At the first pass it has room for more keys than there are, and the kernel counts from the first."""
+    model = build(backbone)
+    randomise(gl.attach(model, method))
+    ids = torch.randint(3, 200, (2, 5))
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    with torch.no_grad():
+        plain, cached = model(input_ids=ids).logits, model(input_ids=ids, past_key_values=cache).logits
+    torch.testing.assert_close(cached, plain, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        gl.PTuning(2, hidden=4) + gl.PromptTuning(2),
+        gl.IPT(2, hidden=4) + gl.PromptTuning(2),
+        gl.PrefixTuning(2, mlp=4).on(layers=0) + gl.PrefixTuning(2).on(layers=1),
+    ],
+    ids=["p-tuning", "ipt", "prefix"],
+)
+def test_a_file_from_before_the_end_beside_another_prompt(method, tmp_path):
+    model, inputs = build("tiny-bert"), batch("tiny-bert")
+    attachment = gl.attach(model, method)
+    randomise(attachment)
+    path, expected = attachment.save(tmp_path / "early.safetensors"), outputs(model, inputs)
+    fresh = build("tiny-bert")
+    gl.load(fresh, path)
+    assert torch.equal(outputs(fresh, inputs), expected)
+
+
+@pytest.mark.parametrize("both", [gl.WARP(3) + gl.PromptTuning(2), gl.PromptTuning(2) + gl.WARP(3)], ids=repr)
+def test_a_pooler_reads_what_is_left_when_two_have_added_to_the_text(both):
+    config = BertConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        vocab_size=300,
+        max_position_embeddings=64,
+    )
+    model = BertForSequenceClassification(config).double().eval()
+    gl.attach(model, both)
+    inputs = batch("tiny-bert", padded=False)
+    del inputs["labels"]
+    with torch.no_grad():
+        found = model.bert(**inputs)
+        pooler = model.bert.pooler
+        expected = type(pooler).forward(pooler, found.last_hidden_state)
+    torch.testing.assert_close(found.pooler_output, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backbone", ["tiny-t5-random", "tiny-bart"])
+def test_late_prompts_refuse_a_decoder_with_an_encoder(backbone):
+    model = build(backbone)
+    with pytest.raises(ValueError, match="stack must be an encoder, or a decoder without one, got 'decoder'"):
+        gl.attach(model, gl.LatePromptTuning(3).on(stack="decoder"))
+
+
+def test_positions_that_run_out_while_a_text_is_written():
+    model = build("tiny-gpt2")
+    gl.attach(model, gl.PromptTuning(4))
+    ids = torch.randint(3, 200, (1, model.config.n_positions - 6))
+    with pytest.raises(ValueError, match="need 257 positions, and this model has 256"):
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, min_new_tokens=5)
+
+
+def test_a_random_space_is_drawn_by_the_seed_alone(monkeypatch):
+    """By the CPU's generator, or d numbers in a file would mean another prompt on another device."""
+    body = next(iter(Anatomy(build("tiny-bert")).bodies().values()))
+    first = gl.IPT(length=3, d=2).drawn(body)
+    torch.manual_seed(7)
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("seeds every device"))
+    again, state = gl.IPT(length=3, d=2).drawn(body), torch.get_rng_state()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(prompts=[torch.zeros(2, 4), torch.zeros(3, 4)]), "prompts must be one or more of the same"),
+        (dict(hidden=0), "hidden must be a whole number of at least 1, got 0"),
+        (dict(d=2.0), "d must be a whole number of at least 1, got 2.0"),
+    ],
+)
+def test_what_no_space_can_be_fitted_to(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        gl.fit_space(**dict(prompts=[torch.zeros(2, 4)], d=1, steps=1) | arguments)
+
+
+def test_a_space_is_written_whole_or_not_at_all(tmp_path):
+    space = gl.fit_space([torch.zeros(2, 4)], 1, steps=1)
+    with pytest.raises(FileNotFoundError, match="path: the folder .* does not exist; make it first"):
+        space.save(tmp_path / "nowhere/space.safetensors")
+    path = space.save(tmp_path / "space.safetensors")
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: gl.PromptTuning(init=5), "init must be 'vocabulary', 'random', token ids"),
+        (lambda: gl.SPoT(sources=[1]), "sources must be a list of files"),
+        (lambda: gl.CrossAttentionTuning([["self"]]), "attentions must be a kind of attention or several"),
+        (lambda: gl.AdapterFusion(2, regularization=float("inf")), "regularization must be"),
+        (lambda: gl.attach(build("tiny-bert"), gl.LoRA(), seed="x"), "seed must be a whole number"),
+        (lambda: gl.attach(build("tiny-bert"), gl.LoRA(), seed=1.5), "seed must be a whole number"),
+        (lambda: gl.load_deltas(build("tiny-bert"), 5), "paths must be a list of one or more files"),
+        (lambda: gl.load_loras(build("tiny-bert"), Path("x")), "paths must be a list of one or more files"),
+    ],
+)
+def test_arguments_of_the_wrong_type_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -461,3 +461,18 @@ def test_a_quantised_parameter_is_refused():
     swap(model, Int8)
     with pytest.raises(TypeError, match="is quantised"):
         gl.attach(model, gl.FishMask())
+
+
+def test_expected_scores_of_a_decoder_are_taken_where_its_loss_is():
+    """A token is predicted a place before its own."""
+    model = build("tiny-gpt2")
+    labels = torch.randint(3, 200, (1, 6))
+    ids = labels.clone()
+    labels[:, :4] = -100
+    output = model(input_ids=ids, labels=labels)
+    generator = torch.Generator().manual_seed(0)
+    ((_, value),) = _log_likelihoods(output, {"labels": labels}, True, generator, ahead=True)
+    (read,) = torch.autograd.grad(value, output.logits, retain_graph=True)
+    (trained,) = torch.autograd.grad(output.loss, output.logits)
+    places = [gradient.abs().sum(-1).nonzero()[:, 1].tolist() for gradient in (read, trained)]
+    assert places[0] == places[1] == [3, 4]

@@ -368,3 +368,22 @@ def test_an_expression_is_a_value():
     for method in (gl.SparseAdapter(r=8), gl.SparseLoRA(), gl.Sparse(gl.LoRA(), 0.5, "random")):
         assert Spec.from_json(method.to_json()) == method
     assert gl.SparseAdapter(r=8).method == gl.Sparse(gl.PfeifferAdapter(r=8))
+
+
+@pytest.mark.parametrize(
+    "method", [gl.KronA(), gl.FLoRA(form="add"), gl.KronARes(residual=False)], ids=lambda m: type(m).__name__
+)
+def test_methods_without_a_vector_can_be_pruned(method):
+    model, inputs = build("tiny-bert"), batch("tiny-bert")
+    attachment = gl.attach(model, gl.Sparse(method, 0.5, "random"))
+    randomise(attachment)
+    assert torch.isfinite(outputs(model, inputs)).all()
+
+
+def test_vectors_are_never_pruned():
+    model = build("tiny-bert")
+    with pytest.raises(ValueError, match="method must be one that adds matrices, not vectors alone"):
+        gl.attach(model, gl.Sparse(gl.IA3(), 0.25, "random"))
+    attachment = gl.attach(model, gl.Sparse(gl.Gated(gl.LoRA(r=2)), 0.5, "random"))
+    names = attachment.parts[-1].shapes
+    assert names and not any("gating" in name for name in names)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,14 +76,19 @@ def attach(
     or name that is not there, an impossible size, or a model that already carries a method, or shares layers
     with one that does (its backbone, or another head's).
     """
+    expect(type(seed) is int and 0 <= seed < 2**63, "seed", seed, "a whole number of at least 0")
     attachment = _attach(model, method, seed, also=also)
     frozen = sorted(attachment.anatomy.drawn - attachment._selected)
     if frozen:
-        warnings.warn(
-            f"{_several(frozen)} came with no checkpoint, so other random numbers may stand there in the "
-            "model that this method is loaded onto; attach(..., also=...) trains and saves them",
-            stacklevel=2,
-        )
+        try:
+            warnings.warn(
+                f"{_several(frozen)} came with no checkpoint, so other random numbers may stand there in the "
+                "model that this method is loaded onto; attach(..., also=...) trains and saves them",
+                stacklevel=2,
+            )
+        except Warning:  # where warnings are errors
+            attachment.detach()
+            raise
     return attachment
 
 
@@ -423,6 +430,13 @@ class Attachment:
 class Added(nn.ModuleDict):
     """The one child module under which the parts are."""
 
+    @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        """What several parts share, which ``save_pretrained`` then writes once."""
+        named = [*self.named_parameters(remove_duplicate=False)]
+        often = Counter(id(p) for _, p in named)
+        return {re.escape(name): name for name, p in named if often[id(p)] > 1}
+
     def _replicate_for_data_parallel(self) -> nn.Module:
         """Called by ``torch.nn.DataParallel`` for each device but the model's own."""
         if not self.attachment.merged and len(self):
@@ -551,10 +565,12 @@ def load(model: PreTrainedModel, path: str | os.PathLike, *, any_weights: bool =
     _check_free(model)
     method, tensors = read(anatomy, path, any_weights=any_weights)
     try:
-        return _attach(model, Spec.from_json(method), seed=0, saved=tensors)
-    except (TypeError, OverflowError, RecursionError) as error:  # not even the fields of a method
+        method = Spec.from_json(method)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:  # not even a method's fields
         raise ValueError(f"path: {path.name!r} is damaged: {_short(error)}") from error
-    except ValueError as error:
+    try:
+        return _attach(model, method, seed=0, saved=tensors)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"path: {path.name!r} does not fit: {_short(error)}") from error
 
 

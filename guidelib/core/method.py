@@ -89,8 +89,11 @@ class Method(Spec):
         """Make a tuple of what stands in ``field``, one name or several, so that equal names make equal
         methods.  For ``__post_init__``; raises ValueError for anything else."""
         names = getattr(self, field)
-        expect(isinstance(names, Iterable), field, names, f"a {what} or several of them")
-        object.__setattr__(self, field, (names,) if isinstance(names, str) else tuple(names))
+        right = isinstance(names, Iterable)
+        each = () if not right else (names,) if isinstance(names, str) else tuple(names)
+        right = right and all(isinstance(name, str) for name in each)
+        expect(right, field, names, f"a {what} or several of them")
+        object.__setattr__(self, field, each)
 
     def parts(self, anatomy: Anatomy, saved: Mapping[str, torch.Tensor]) -> list[nn.Module]:
         """The parts (points/part.py) to plug in, in order, built without touching the model.

@@ -198,7 +198,8 @@ def load_loras(model: PreTrainedModel, paths: Sequence[str | os.PathLike]) -> At
     rank, scale and targets, or a task head other than the first one's: a batch has one head.  The model is
     then as it was.
     """
-    expect(bool(paths) and not isinstance(paths, str), "paths", paths, "a list of one or more files")
+    several = isinstance(paths, Sequence) and not isinstance(paths, str | bytes)
+    expect(several and len(paths) > 0, "paths", paths, "a list of one or more files")
     first, states = None, []
     for path in map(os.fspath, paths):
         attachment = load(model, path)

@@ -78,9 +78,10 @@ def fisher(
     """The diagonal of the Fisher information of ``parameters``, as the mean over ``examples``."""
     total, seen = [torch.zeros_like(p) for p in parameters], 0
     generator = torch.Generator().manual_seed(0)
+    ahead = not model.config.is_encoder_decoder  # a decoder's token is predicted a place before its own
     for example in examples:
         seen += 1
-        terms = _log_likelihoods(model(**example), example, expected, generator)
+        terms = _log_likelihoods(model(**example), example, expected, generator, ahead)
         for i, (probability, value) in enumerate(terms, 1):
             gradients = torch.autograd.grad(
                 value, parameters, retain_graph=i < len(terms), materialize_grads=True, allow_unused=True
@@ -91,7 +92,7 @@ def fisher(
 
 
 def _log_likelihoods(
-    outputs, example: Example, expected: bool, generator: torch.Generator
+    outputs, example: Example, expected: bool, generator: torch.Generator, ahead: bool
 ) -> list[tuple[float, torch.Tensor]]:
     """Labels' probabilities and log-likelihoods.  Of tokens it is the mean; of an example without labels the
     sum of the first output stands in for it."""
@@ -103,6 +104,9 @@ def _log_likelihoods(
     if logits.dim() == 2:
         of_classes = logits[0].log_softmax(-1)
         return [(float(value.detach().exp()), value) for value in of_classes]
-    logits = logits[example["labels"] != -100]
+    labels = example["labels"]
+    if ahead:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    logits = logits[labels != -100]
     drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)
     return [(1.0, -F.cross_entropy(logits, drawn[:, 0].to(logits.device)))]

@@ -83,7 +83,8 @@ def load_deltas(model: PreTrainedModel, paths: Sequence[str | os.PathLike]) -> A
 
     Raises what ``load`` raises, and ValueError if a file holds something else.  The model is then as it was.
     """
-    expect(bool(paths) and not isinstance(paths, str), "paths", paths, "a list of one or more files")
+    several = isinstance(paths, Sequence) and not isinstance(paths, str | bytes)
+    expect(several and len(paths) > 0, "paths", paths, "a list of one or more files")
     methods, supports, beside = [], [], {}
     for path in map(os.fspath, paths):
         attachment = load(model, path)
@@ -102,6 +103,8 @@ def load_deltas(model: PreTrainedModel, paths: Sequence[str | os.PathLike]) -> A
     attachment = attach(model, Sum(tuple(methods)), also=beside)
     with torch.no_grad():
         for part, (indices, sizes, values) in zip(attachment.parts, supports, strict=True):
+            if part.dense is not None:  # DiffPruning's new parts begin with all entries
+                part.close()
             part.support(indices, sizes)
             part.values.copy_(values)
         for name, value in beside.items():

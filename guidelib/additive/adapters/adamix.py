@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,17 +62,22 @@ class AdaMix(Adapter):
         expect(number and self.consistency >= 0, "consistency", self.consistency, "a number of at least 0")
 
     def build_all(self, sublayers: list[Sublayer], saved: Mapping[str, torch.Tensor]) -> list[nn.Module]:
+        pairs = self.linear.pairs(sublayers, self.r)
+        held = [p for pair in pairs for layer in pair for p in layer.parameters()]
+        often = Counter(map(id, held))
+        common = {id(p): p for p in held if often[id(p)] > 1}  # stays so among the copies
+
         def experts(layer: nn.Module, side: str, sublayer: Sublayer) -> Experts:
             n = 1 if side == self.shared else self.experts
             if saved:  # a file written after training holds the mean alone
                 start = f"guidelib.{part_name(self, sublayer)}.module.{side}."
                 numbers = {name[len(start) :].split(".")[0] for name in saved if name.startswith(start)}
                 n = max(1, len(numbers))
-            return Experts(copy.deepcopy(layer) for _ in range(n))
+            return Experts(copy.deepcopy(layer, dict(common)) for _ in range(n))
 
         return [
             self.bottleneck(experts(down, "down", sublayer), experts(up, "up", sublayer))
-            for sublayer, (down, up) in zip(sublayers, self.linear.pairs(sublayers, self.r), strict=True)
+            for sublayer, (down, up) in zip(sublayers, pairs, strict=True)
         ]
 
     def batch_loss(

@@ -60,7 +60,7 @@ class AdapterFusion(Method):
         expect(self.n >= 2, "adapters", value, wanted)
         right = isinstance(self.adapter, PfeifferAdapter) and not self.adapter.norms
         expect(right, "adapter", self.adapter, "a PfeifferAdapter that leaves the norms frozen")
-        number = isinstance(self.regularization, int | float) and self.regularization >= 0
+        number = isinstance(self.regularization, int | float) and 0 <= self.regularization < float("inf")
         expect(number, "regularization", self.regularization, "a number of at least 0")
 
     @property

@@ -86,7 +86,7 @@ class LeTS(Method):
         Of a batch without labels the sum of the first output stands in for the loss.
         """
         model, (body, network) = attachment.model, self._network(attachment)
-        if any(own.values.any() for own in network.own.values()):
+        if not network.own or any(own.values.any() for own in network.own.values()):
             return
         dense = {
             layer: torch.zeros(own.shape, dtype=own.values.dtype, device=own.values.device).requires_grad_()

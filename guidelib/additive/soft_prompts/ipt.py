@@ -22,12 +22,12 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from guidelib.additive.soft_prompts.prompt import Vectors, first_body, frequent
 from guidelib.additive.soft_prompts.reparametrized import MLP
-from guidelib.core.anatomy import Anatomy, Body
+from guidelib.core.anatomy import ADDED, Anatomy, Body
+from guidelib.core.files import write
 from guidelib.core.method import Attached, Method, expect
 from guidelib.core.points.context import PromptPart
 from guidelib.core.points.part import Part
@@ -55,11 +55,10 @@ class PromptSpace(nn.Module):
         return self.decode(self.encode(prompts))
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write it to a safetensors file."""
+        """Write it to a safetensors file, whole or not at all."""
         sizes = {"length": self.shape[0], "d_model": self.shape[1], "d": self.d}
         sizes["hidden"] = self.decoder.layers[0].out_features
-        save_file(self.state_dict(), path, {"prompt space": json.dumps(sizes)})
-        return Path(path)
+        return write(path, self.state_dict(), {"prompt space": json.dumps(sizes)})
 
     @staticmethod
     def load(path: str | os.PathLike) -> PromptSpace:
@@ -102,14 +101,16 @@ def fit_space(
     losses: of each task, what a prompt costs there, P -> a scalar; None for the reconstruction alone.  Each
     step takes one task in turn.  Returns the space, frozen.
     """
-    expect(len(prompts) > 0, "prompts", "none", "one or more of the same shape")
+    shapes = {tuple(prompt.shape) for prompt in prompts}
+    expect(len(shapes) == 1, "prompts", sorted(shapes) or "none", "one or more of the same shape")
     stacked = torch.stack([prompt.detach().float() for prompt in prompts])
-    expect(isinstance(d, int) and d >= 1, "d", d, "a whole number of at least 1")
+    for name, value in (("d", d), ("hidden", hidden)):
+        expect(type(value) is int and value >= 1, name, value, "a whole number of at least 1")
     right = losses is None or len(losses) == len(prompts)
     expect(right, "losses", f"{len(losses or ())} of them", f"one for each of the {len(prompts)} prompts")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        space = PromptSpace(*stacked.shape[1:], d, hidden)
+        space = PromptSpace(*stacked.shape[1:], d, hidden).to(stacked.device)
     optimizer = torch.optim.Adam(space.parameters(), lr=lr)
     for step in range(steps):
         if losses is None:
@@ -153,19 +154,20 @@ class IPT(Method):
         body = first_body(anatomy)
         table = body.embedding.weight
         like = {"device": table.device, "dtype": added_dtype(table)}
-        if any(name.endswith(".prompt.P") for name in saved):  # a file written after training
+        whole = f"{ADDED}.{type(self).__name__}_{body.stack}.prompt.P"
+        if whole in saved:  # in a file written after training
             return [PromptPart(self, body, Vectors(torch.zeros(self.length, body.width, **like)))]
         decoder = self.drawn(body) if self.space is None else self.learned(body)
         decoder = {name: tensor.to(**like) for name, tensor in decoder.items()}
         return [PromptPart(self, body, Intrinsic((self.length, body.width), **decoder))]
 
     def drawn(self, body: Body) -> dict[str, torch.Tensor]:
-        """A random decoder around a prompt of frequent tokens."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            W_1 = torch.randn(self.hidden, self.d, dtype=torch.float32) / self.d**0.5
-            W_2 = torch.randn(self.length * body.width, self.hidden, dtype=torch.float32) / self.hidden**0.5
-            middle = frequent(body, self.length).flatten()
+        """A random decoder around a prompt of frequent tokens, the same one on every device."""
+        drawn = {"generator": torch.Generator().manual_seed(self.seed), "device": "cpu"}
+        W_1 = torch.randn(self.hidden, self.d, dtype=torch.float32, **drawn) / self.d**0.5
+        shape = (self.length * body.width, self.hidden)
+        W_2 = torch.randn(*shape, dtype=torch.float32, **drawn) / self.hidden**0.5
+        middle = frequent(body, self.length, drawn["generator"]).flatten()
         return {"W_1": W_1, "b_1": torch.zeros(self.hidden), "W_2": W_2, "b_2": middle}
 
     def learned(self, body: Body) -> dict[str, torch.Tensor]:

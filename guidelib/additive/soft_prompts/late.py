@@ -60,6 +60,8 @@ class LatePromptTuning(Method):
         expect(1 <= layer < whole, "layer", layer, f"from 1 to {whole - 1} in this model")
         attentions = [a for a in anatomy.attentions() if a.stack == body.stack]
         ahead = [a for a in attentions if a.looks_back]
+        alone = all(a.role == "self" for a in attentions)
+        expect(alone, "stack", body.stack, "an encoder, or a decoder without one")
         d = attentions[0].key.shape[1]  # of the blocks; ELECTRA's embeddings may be narrower
         expect(
             not (self.bottleneck and ahead),

@@ -18,7 +18,7 @@ import torch
 
 from guidelib.additive.soft_prompts.prompt import Vectors, first_body
 from guidelib.additive.soft_prompts.reparametrized import LSTM, MLP, Encoded
-from guidelib.core.anatomy import Anatomy
+from guidelib.core.anatomy import ADDED, Anatomy
 from guidelib.core.method import Attached, Method, expect
 from guidelib.core.points.context import PromptPart
 from guidelib.core.points.part import Part
@@ -47,7 +47,8 @@ class PTuning(Method):
         body = first_body(anatomy)
         table = body.embedding.weight
         d, like = body.width, {"device": table.device, "dtype": added_dtype(table)}
-        if any(name.endswith(".prompt.P") for name in saved):  # a file written after training
+        whole = f"{ADDED}.{type(self).__name__}_{body.stack}.prompt.P"
+        if whole in saved:  # in a file written after training
             return [PromptPart(self, body, Vectors(torch.zeros(self.length, d, **like)))]
         hidden = self.hidden or d
         if self.encoder == "mlp":

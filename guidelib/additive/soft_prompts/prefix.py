@@ -24,7 +24,7 @@ from torch import nn
 
 from guidelib.additive.soft_prompts.prompt import Several
 from guidelib.additive.soft_prompts.reparametrized import MLP
-from guidelib.core.anatomy import Anatomy, Attention, Body, Targets
+from guidelib.core.anatomy import ADDED, Anatomy, Attention, Body, Targets
 from guidelib.core.method import Attached, Method, expect
 from guidelib.core.points.context import PrefixPart
 from guidelib.core.points.part import Part
@@ -57,7 +57,8 @@ class PrefixTuning(Method):
 
     def parts(self, anatomy: Anatomy, saved: Mapping[str, torch.Tensor]) -> list[Part]:
         attentions = anatomy.attentions(self.attentions)
-        if self.mlp is None or any(name.endswith(".prefix.P") for name in saved):  # or after training
+        first = f"{ADDED}.{type(self).__name__}_{attentions[0].name.replace('.', '_')}.prefix.P"
+        if self.mlp is None or first in saved:  # or in a file written after training
             return [
                 PrefixPart(self, attention, self.flat(*self.shape(attention))) for attention in attentions
             ]

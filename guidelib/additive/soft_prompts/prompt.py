@@ -13,7 +13,7 @@ nearly is, its first 5,000 entries are the frequent words.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +49,8 @@ class PromptTuning(Method):
             value = getattr(self, name)
             expect(type(value) is int and value >= 1, name, value, "a whole number of at least 1")
         if not isinstance(self.init, str):
+            several = isinstance(self.init, Iterable)
+            expect(several, "init", self.init, "'vocabulary', 'random', token ids, or tuples of them")
             words = tuple(tuple(word) if isinstance(word, list | tuple) else word for word in self.init)
             object.__setattr__(self, "init", words)
             ids = [i for word in words for i in (word if isinstance(word, tuple) else (word,))]
@@ -113,11 +115,12 @@ class Several(Choosing):
         return self.P[self.index(rows, self.P.device)]  # (l, d) or (rows, l, d)
 
 
-def frequent(body: Body, n: int) -> torch.Tensor:
-    """The embeddings (n, d) of tokens drawn from the frequent ones."""
+def frequent(body: Body, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    """The embeddings (n, d) of tokens drawn from the frequent ones; a generator is the CPU's."""
     table = body.embedding.weight.detach()
-    drawn = torch.randint(min(FREQUENT, len(table)), (n,), device=table.device)
-    return table[drawn].to(added_dtype(table))
+    where = table.device if generator is None else "cpu"
+    drawn = torch.randint(min(FREQUENT, len(table)), (n,), generator=generator, device=where)
+    return table[drawn.to(table.device)].to(added_dtype(table))
 
 
 def first_body(anatomy: Anatomy) -> Body:

@@ -41,8 +41,10 @@ class SPoT(Method):
         whole = type(self.length) is int and self.length >= 1
         expect(whole, "length", self.length, "a whole number of at least 1")
         paths = isinstance(self.sources, Iterable) and not isinstance(self.sources, str | bytes)
+        sources = tuple(self.sources) if paths else ()
+        paths = paths and all(isinstance(path, str | os.PathLike) for path in sources)
         expect(paths, "sources", self.sources, "a list of files")
-        object.__setattr__(self, "sources", tuple(os.fspath(path) for path in self.sources))
+        object.__setattr__(self, "sources", tuple(map(os.fspath, sources)))
         if self.weights is not None:
             weights = tuple(self.weights) if isinstance(self.weights, Iterable) else ()
             right = len(weights) == len(self.sources) > 0

@@ -63,7 +63,7 @@ class PromptPart(Part):
     def plug(self) -> None:
         self.around(self.body.module, self._before)
         if isinstance(pooler := getattr(self.body.module, "pooler", None), nn.Module):
-            self.hook(pooler, self._pool, before=True)
+            self.hook(pooler, self._pool, before=True, first=True)
         if self.body.follower is not None:
             self.around(self.body.follower, self._behind)
 
@@ -79,13 +79,13 @@ class PromptPart(Part):
                 f"attention_mask must be (texts, tokens), ones and zeros, beside {self.name}, got shape "
                 f"{tuple(mask.shape)}"
             )
-        most, n = self.body.places, self.body.first + embedded.shape[1] + self.length
+        inside = cache.get_seq_length() if cache is not None else 0  # the prompt is among them
+        most, n = self.body.places, self.body.first + embedded.shape[1] + (inside or self.length)
         if most is not None and n > most:
             raise ValueError(
                 f"length: {self.name} and a text of {embedded.shape[1]} tokens need {n} positions, and this "
                 f"model has {most}; give it a shorter text or prompt"
             )
-        inside = cache.get_seq_length() if cache is not None else 0  # the prompt is among them
         new = not inside
         start = None if mask is None or self.counted else padding(mask)
         if mask is not None:
@@ -174,7 +174,7 @@ class LatePart(Part):
     def plug(self) -> None:
         self.around(self._body[0].module, self._around)
         if isinstance(pooler := getattr(self._body[0].module, "pooler", None), nn.Module):
-            self.hook(pooler, self._pool, before=True)
+            self.hook(pooler, self._pool, before=True, first=True)
         for block in self._blocks:
             self.around(block, self.frame)
             self.around(block, self._longer)
@@ -340,7 +340,7 @@ def _attend(
     if (
         attention_mask is None and causal and n > 1
     ):  # it was left to the kernel, which counts from the first key
-        attention_mask = torch.ones(n, kept, dtype=torch.bool, device=key.device).tril(kept - n)[None, None]
+        attention_mask = torch.ones(n, kept, dtype=torch.bool, device=key.device).tril()[None, None]
     width, text, gates = query.shape[-1], key, []
     for part in config.parts:
         keys, values, gate = part(text)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from guidelib.core.anatomy import Anatomy
-from guidelib.core.method import Wrapper
+from guidelib.core.method import Wrapper, expect
 from guidelib.core.points import passes
 from guidelib.core.points.context import PrefixPart, arguments, text_in
 from guidelib.core.points.part import Part
@@ -38,19 +38,20 @@ class Gated(Wrapper):
     """Give each part of a method a gate of its own.
 
     Its w starts from N(0, 0.02) and its b at zero, so it starts near 1/2.  Raises ValueError for a method
-    that trains parameters of the base in place, replaces a weight by one that depends on it, or adds to the
-    text: nothing is added there that could be multiplied.
+    that trains or rewrites parameters of the base, replaces a weight by one that depends on it, or adds to
+    the text: nothing is added there that could be multiplied; and for one that is gated already.
     """
 
     def parts(self, anatomy: Anatomy, saved: Mapping[str, torch.Tensor]) -> list[Part]:
         name = type(self.method).__name__
-        if self.method.select(anatomy):
-            raise ValueError(f"method must train nothing of the base in place to be gated, got {name}")
+        if self.method.select(anatomy) or self.method.rewrites(anatomy):
+            raise ValueError(f"method must train or rewrite nothing of the base to be gated, got {name}")
         backwards = {each.stack for each in anatomy.attentions("self") if each.looks_back}
         texts, parts = Texts(self, anatomy), self.method.parts(anatomy, saved)
         for part in parts:
             if part.serves:
                 continue
+            expect(part.gating is None, "method", self.method, "one that is not gated already")
             if (reads := _reads(part)) is None:
                 raise ValueError(
                     f"method must add something beside a map to be gated, got {name}: {part.name}"

@@ -40,10 +40,14 @@ class Part(nn.Module):
     def plug(self) -> None:
         raise NotImplementedError
 
-    def hook(self, module: nn.Module, function: Callable, *, before: bool = False) -> None:
-        """Call ``function``, a method of this part, behind the forward of ``module`` or before it."""
+    def hook(
+        self, module: nn.Module, function: Callable, *, before: bool = False, first: bool = False
+    ) -> None:
+        """Call ``function``, a method of this part, behind the forward of ``module`` or before it; ``first``,
+        before those of the parts that are plugged in already."""
         self._plugged.setdefault(module, None)
-        (module.register_forward_pre_hook if before else module.register_forward_hook)(function)
+        register = module.register_forward_pre_hook if before else module.register_forward_hook
+        register(function, prepend=first)
 
     def around(self, module: nn.Module, function: Callable) -> None:
         """Put ``function``, a method of this part, around the forward of ``module``; a deep copy binds it to

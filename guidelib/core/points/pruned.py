@@ -24,7 +24,8 @@ from guidelib.core.points.sparse_delta import Support
 class Pruned(Support):
     """The entries that are kept of the matrices of ``parts``, which the part takes over from them.
 
-    Matrices are the trained parameters of two dimensions or more.  One that several modules share is one.
+    Matrices are the trained parameters with two or more dimensions that are longer than 1.  One that several
+    modules share is one.
 
     start: the whole matrices, by name, as long as the support may still be chosen; None after that.  They are
     not saved.  whole: what is computed with instead, while the scores are taken.
@@ -42,7 +43,7 @@ class Pruned(Support):
         for n, part in enumerate(parts):
             for path, module in [*part.named_modules()]:
                 held = module._parameters
-                taken = {a: p for a, p in held.items() if p is not None and p.requires_grad and p.dim() > 1}
+                taken = {a: p for a, p in held.items() if p is not None and p.requires_grad and _is_matrix(p)}
                 for attribute, p in taken.items():
                     name = named.setdefault(id(p), f"{n}.{path}.{attribute}")
                     self.start.setdefault(name, p.detach())
@@ -124,6 +125,10 @@ class Pruned(Support):
             if {parameter for parameter, _ in part.places} <= {id(p) for p in part.parameters()}
         }
         return {(id(self), None): sum(s.stop - s.start for name, s in self._spans.items() if name in own)}
+
+
+def _is_matrix(p: torch.Tensor) -> bool:
+    return sum(n > 1 for n in p.shape) > 1
 
 
 @cache

@@ -105,6 +105,7 @@ class SidePart(Part):
         poolers = [getattr(body.module, "pooler", None) for body in self._bodies]
         self._poolers = tuple(pooler for pooler in poolers if isinstance(pooler, nn.Module))
         behind = {module for pooler in self._poolers for module in pooler.modules()}
+        self._modes: dict[nn.Module, bool] = {}
         self.closed = tuple(m for body in self._bodies for m in body.module.modules() if m not in behind)
 
     def plug(self) -> None:
@@ -120,19 +121,22 @@ class SidePart(Part):
 
     def unplug(self) -> None:
         super().unplug()
-        if self._plugged:
-            self._rest(self.training)
+        for module, mode in self._modes.items():
+            module.training = mode
+        self._modes = {}
 
     def train(self, mode: bool = True) -> SidePart:
         """The backbone comes before the parts among a model's children, so this has the last word."""
         super().train(mode)
-        if self._plugged:
+        if self._modes:
             self._rest()
         return self
 
-    def _rest(self, mode: bool = False) -> None:
+    def _rest(self) -> None:
+        """Put the backbone in evaluation mode, and keep which mode its modules were put in."""
+        self._modes = {module: module.training for module in self.closed}
         for module in self.closed:
-            module.training = mode
+            module.training = False
 
     def _run(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         """Around a body: it leaves a trail, and its network's state takes the place of its own."""

@@ -26,6 +26,7 @@ from guidelib.core.anatomy import Anatomy, Sublayer
 from guidelib.core.method import Method, expect
 from guidelib.core.points import passes
 from guidelib.core.points.part import Part
+from guidelib.core.points.weight_delta import computed_dtype
 from guidelib.core.values import autocasts
 
 POINTS = ("after dropout", "before dropout")
@@ -127,7 +128,7 @@ class SublayerPart(Part):
         else:  # forward, not a call: a call would run the hooks of the norm
             read = self.sublayer.norm.forward(x + h)
         # the added parameters stay in 32 bits beside a 16-bit base, which would round small updates away
-        dtype = next(self.module.parameters()).dtype
+        dtype = computed_dtype(self.module)
         inner = read if autocasts(read) else read.to(dtype)
         change = self.module(inner)
         if self.gating is not None:

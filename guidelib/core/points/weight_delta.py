@@ -90,7 +90,7 @@ class Delta(nn.Module):
 
         The added parameters stay in 32 bits beside a 16-bit base, which would round small updates away.
         """
-        dtype = next(self.parameters()).dtype
+        dtype = computed_dtype(self)
         return y + self(x if autocasts(x) else x.to(dtype)).to(y.dtype)
 
 
@@ -191,13 +191,13 @@ class DeltaPart(Part):
     ) -> torch.Tensor:
         if self.gating is None:
             return self.delta.adjust(x, y, weight, bias)
-        change = self.delta.adjust(x, y.new_zeros(()), weight, bias)
+        change = self.delta.adjust(x, y.new_zeros(()).expand_as(y), weight, bias)
         return y + (self.gating(x) * change).to(y.dtype)
 
     @torch.no_grad()
     def merge(self, keep: Callable[[nn.Parameter], None]) -> None:
         if fault := fault_of(self.site.module):  # since it was attached
-            raise TypeError(f"{self.site.name} {fault}, which holds no plain weight to write to")
+            raise ValueError(f"{self.site.name} {fault}, which holds no plain weight to write to")
         layer = self.site.module
         weight, bias = self.delta.effective(self.site.weight, self.site.bias)
         keep(layer.weight)
@@ -231,6 +231,14 @@ class ChoosingPart(DeltaPart):
     def frame_block(self) -> None:
         if self._block[0] is not None:
             self.around(self._block[0], self.frame)
+
+
+def computed_dtype(module: nn.Module) -> torch.dtype:
+    """The type of what a part adds: of its parameters or, where all of them are pruned, of what is left."""
+    held = next(module.parameters(), None)
+    if held is None:
+        held = next(m._pruned[0].values for m in module.modules() if hasattr(m, "_pruned"))
+    return held.dtype
 
 
 def added_dtype(weight: torch.Tensor) -> torch.dtype:
