@@ -37,7 +37,7 @@ from transformers import (
 import guidelib as gl
 from guidelib.additive.soft_prompts.reparametrized import LSTM
 from guidelib.core.anatomy import Anatomy
-from guidelib.costs import kernels
+from guidelib.costs import operations
 
 TOKENS = (7, 30, 11, 200)
 
@@ -763,11 +763,11 @@ def test_embeddings_may_be_narrower_than_the_blocks(method):
 
 
 def test_a_prefix_without_a_gate_pays_for_none():
-    """Seven operations in each attention, none of which parts what the gates would multiply."""
+    """It joins its keys and its values to those of each attention, and does nothing else."""
     model, inputs = build("tiny-bert"), {"input_ids": torch.tensor([TOKENS])}
-    base = kernels(model, inputs)
+    base = operations(model, inputs)
     gl.attach(model, gl.PrefixTuning(length=3))
-    assert kernels(model, inputs) == base + 7 * 2
+    assert operations(model, inputs) == base + 2 * 2
 
 
 @pytest.mark.parametrize("backbone", ["tiny-llama", "tiny-gpt2"])

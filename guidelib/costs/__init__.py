@@ -2,14 +2,13 @@
 
 from guidelib.costs.measure import Costs
 from guidelib.costs.plan import MemoryPlan, memory_plan
-from guidelib.costs.step import Step, flops, kernels, operations, saved_bytes
+from guidelib.costs.step import Step, flops, operations, saved_bytes
 
 __all__ = [
     "Costs",
     "MemoryPlan",
     "Step",
     "flops",
-    "kernels",
     "memory_plan",
     "operations",
     "saved_bytes",

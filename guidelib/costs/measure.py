@@ -5,7 +5,7 @@ All figures are deterministic, and what depends on a step is predicted as well, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedModel
@@ -15,8 +15,8 @@ from guidelib.core.attaching import Attachment, Count
 from guidelib.core.method import expect
 from guidelib.core.values import has_values
 from guidelib.costs.plan import MemoryPlan
-from guidelib.costs.shapes import file_size, on_shapes
-from guidelib.costs.step import Batch, Step, count_step, kernels
+from guidelib.costs.shapes import file_size
+from guidelib.costs.step import Batch, Step, count_step
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,6 @@ class Costs:
     operations: int
     file_bytes: int
     predicted: Step
-    kernels: int = field(compare=False)  # for the pages that are not rewritten yet, as are the next two
 
     @property
     def gradient_bytes(self) -> int:
@@ -92,7 +91,6 @@ def measure(model: PreTrainedModel, batch: Batch, *, dropout: bool = False, keep
         operations=step.operations,
         file_bytes=file_size(state, attachment.metadata() if attachment else None),
         predicted=predicted,
-        kernels=kernels(model if there else on_shapes(model), batch),
     )
 
 

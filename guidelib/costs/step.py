@@ -130,25 +130,6 @@ class _Operations(TorchDispatchMode):
         return out
 
 
-def kernels(model: nn.Module, batch: Batch) -> int:
-    """Every operation that one forward pass dispatches, views and what does nothing included.
-
-    The pages that are not rewritten yet show it; ``operations`` is what costs something.
-    """
-
-    class Counter(TorchDispatchMode):
-        n = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.n += 1
-            return function(*args, **(kwargs or {}))
-
-    drop = () if model.config.is_encoder_decoder else ("labels",)
-    with prepared(model, batch) as inputs, torch.inference_mode(), Counter() as counter:
-        model(**{name: tensor for name, tensor in inputs.items() if name not in drop})
-    return counter.n
-
-
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 

@@ -12,8 +12,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from guidelib.core.attaching import Count, attach
 from guidelib.core.method import Method, expect
-from guidelib.costs import kernels as operations
-from guidelib.costs import saved_bytes
+from guidelib.costs import operations, saved_bytes
 from guidelib.costs.benchmark import ratio, take_turns
 from guidelib.costs.measure import Costs, measure
 from guidelib.materials.backbones import load_backbone
@@ -145,7 +144,7 @@ def _measured(price: Price, full: Price) -> dict[str, str]:
         more += f", +{price.merged - price.base} once merged"
     return {
         "trained, %": f"{100 * count.trainable / count.total:.2f}",
-        "changed, %": f"{100 * count.changed / count.total:.1f}",
+        "changed, %": f"{100 * count.changed / count.total:.2f}",
         "storage efficient": f"{_yes(less)}: {price.file_bytes / MiB:.2f} of {full.file_bytes / MiB:.1f} MiB",
         "memory efficient": f"{_yes(max(memory) < 1)}: {' and '.join(f'{m:.2f}' for m in memory)} of full",
         "reduces backpropagation": f"{price.backward_flops / full.backward_flops:.2f} of full's FLOPs",
@@ -189,8 +188,7 @@ def _price(model: PreTrainedModel, method: Method, base: int, inputs: Sequence[d
     attachment = attach(model, method)
     try:
         cost = measure(model, inputs[0])
-        terms = _terms(cost)
-        acting, merged = operations(model, inputs[0]), None
+        terms, merged = _terms(cost), None
         kept = [cost.saved_bytes, *(saved_bytes(model, batch) for batch in inputs[1:])]
         if attachment.parts and attachment.mergeable:
             attachment.merge()
@@ -201,7 +199,7 @@ def _price(model: PreTrainedModel, method: Method, base: int, inputs: Sequence[d
             memory=tuple(terms | {TERMS[-1]: size} for size in kept),
             forward_flops=cost.forward_flops,
             backward_flops=cost.backward_flops,
-            operations=acting,
+            operations=cost.operations,
             merged=merged,
             base=base,
             exact=_exact(cost),

@@ -8,7 +8,7 @@ from guidelib.pages.exercises import exercise
 
 
 @exercise(
-    hint="Merging pays 2 r d_out d_in operations once. What do the two thin products cost for each token?",
+    hint="Merging pays 2 r d_out d_in FLOPs once. What do the two thin products cost for each token?",
     inputs=[(384, 384), (768, 3072), (3072, 768)],
 )
 def crossing(d_out, d_in):

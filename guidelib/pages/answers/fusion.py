@@ -38,6 +38,6 @@ def pruned(p, added, keep):
     "adapter: its own two, K, V, a score, a part of the mixture?"
 )
 def one_more():
-    """Measured: by how many operations the forward pass grows with a third adapter."""
+    """Measured: by how many FLOPs the forward pass grows with a third adapter."""
     two, three = (gl.AdapterFusion(n, gl.PfeifferAdapter(r=16)) for n in (2, 3))
     return difference(lambda model: gl.costs.flops(model, gl.token_batch(model, 8, 32))[0], two, three)

@@ -35,6 +35,6 @@ def places(W, G, keep):
     "what has a gradient? Tokens 8 x 32, and a multiplication with its addition counts as two."
 )
 def saved():
-    """Measured: by how many operations a step is cheaper if the top layer alone may have a part."""
+    """Measured: by how many FLOPs a step is cheaper if the top layer alone may have a part."""
     whole, top = gl.LeTS(), gl.LeTS().on(layers=-1)
     return difference(lambda model: sum(gl.costs.flops(model, gl.token_batch(model, 8, 32))), top, whole)

@@ -6,7 +6,7 @@ from guidelib.pages.exercises import exercise
 
 
 @exercise(
-    hint="Write down both trainings' operations after n epochs, and solve for n.",
+    hint="Write down both trainings' FLOPs after n epochs, and solve for n.",
     inputs=[(10.0, 1.0, 3.0), (100.0, 1.0, 5.0), (10.0, 5.0, 2.0), (4.0, 1.0, 5.0), (4.0, 1.0, 4.0)],
 )
 def epochs(F, S, times):

@@ -31,10 +31,10 @@ def transform(x):
 
 
 @exercise(
-    hint="A product with a matrix of R x R costs 2 R operations for each number. The short transform has "
+    hint="A product with a matrix of R x R costs 2 R FLOPs for each number. The short transform has "
     "32,768 numbers, the long one 262,144. Into which radixes of at most 16 do they fall apart?"
 )
-def operations():
+def flops():
     """Measured: of P theta_d for a tensor of 384 x 384 entries and 20,000 numbers."""
     project = Fastfood(384**2, 20_000, torch.Generator().manual_seed(0), torch.device("cpu"))
     with FlopCounterMode(display=False) as counter:
