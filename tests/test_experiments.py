@@ -355,7 +355,9 @@ def test_unknown_names():
         experiments.run("huge")
     with pytest.raises(ValueError, match="name must be one of .*, or a JSON file, got 'huge'"):
         load_results("huge")
-    with pytest.raises(FileNotFoundError, match="mine.json is stored; `guidelib compare mine.yaml` makes it"):
+    with pytest.raises(
+        FileNotFoundError, match="'mine.json' is stored; `guidelib compare mine.yaml` makes it"
+    ):
         load_results("mine.json")
 
 
@@ -651,6 +653,7 @@ def test_what_would_start_from_something_diverged_counts_as_diverged(prompts, tm
         ]
     }
     monkeypatch.setattr("guidelib.materials.tasks.load_task", load_task)
+    monkeypatch.setattr("guidelib.experiments.base.MOST", 3)
     monkeypatch.setattr(Transfer, "fit", lambda self, *args: {"diverged": True})
     for method in ("SPoT", "IPT"):
         key = {"task": "Acts", "method": method, "lr": 1.0, "seed": 1}
@@ -679,3 +682,17 @@ def test_the_command_helps(arguments):
     assert outcome.exit_code == 0 or (outcome.exit_code == 2 and not arguments)  # 0 with click 8.1
     words = ("compare", "rebuild") if len(arguments) < 2 else (arguments[0], "--help")
     assert all(word in outcome.output for word in words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["rebuild", "no-such-task"], "no-such-task"),
+        (["benchmark", "--pairs", "3"], "greater than or equal to 6"),
+        (["pretrain", "tiny-t5", "--out", "nowhere", "--tokens", "0"], "tokens must be at least 1, got 0"),
+    ],
+)
+def test_the_command_refuses_in_a_sentence(arguments, words):
+    outcome = CliRunner().invoke(app, arguments)
+    assert outcome.exit_code == 2 and not isinstance(outcome.exception, ValueError)
+    assert words in " ".join(outcome.output.replace("│", "").split())
