@@ -81,7 +81,7 @@ def test_a_label_stands_where_its_parts_act(label):
     assert classes(getattr(gl, label.method)()) == ("R" if label.name == "(IA)^3" else label.kind)
 
 
-NO_ROW_YET = {"SPoT", "IPT", "BitFit", "NormTuning", "FAR", "KronARes"}
+NO_ROW_YET = {"SPoT", "IPT", "BitFit", "NormTuning", "FAR"}
 
 
 def compared() -> set[str]:
