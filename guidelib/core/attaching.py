@@ -566,10 +566,16 @@ def load(model: PreTrainedModel, path: str | os.PathLike, *, any_weights: bool =
     method, tensors = read(anatomy, path, any_weights=any_weights)
     try:
         method = Spec.from_json(method)
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:  # not even a method's fields
+        if not isinstance(method, Method):
+            raise TypeError(f"{method!r} is no method")
+    except (TypeError, OverflowError, RecursionError) as error:  # not even the fields of a method
         raise ValueError(f"path: {path.name!r} is damaged: {_short(error)}") from error
+    except ValueError as error:
+        raise ValueError(f"path: {path.name!r} does not fit: {_short(error)}") from error
     try:
         return _attach(model, method, seed=0, saved=tensors)
+    except (OverflowError, RecursionError) as error:
+        raise ValueError(f"path: {path.name!r} is damaged: {_short(error)}") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"path: {path.name!r} does not fit: {_short(error)}") from error
 
