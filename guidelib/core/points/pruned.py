@@ -24,8 +24,8 @@ from guidelib.core.points.sparse_delta import Support
 class Pruned(Support):
     """The entries that are kept of the matrices of ``parts``, which the part takes over from them.
 
-    Matrices are the trained parameters with two or more dimensions that are longer than 1.  One that several
-    modules share is one.
+    Matrices are the trained parameters of two dimensions or more, but for a single row or column.  One that
+    several modules share is one.
 
     start: the whole matrices, by name, as long as the support may still be chosen; None after that.  They are
     not saved.  whole: what is computed with instead, while the scores are taken.
@@ -128,7 +128,7 @@ class Pruned(Support):
 
 
 def _is_matrix(p: torch.Tensor) -> bool:
-    return sum(n > 1 for n in p.shape) > 1
+    return p.dim() > 2 or (p.dim() == 2 and min(p.shape) > 1)
 
 
 @cache
