@@ -78,10 +78,9 @@ def fisher(
     """The diagonal of the Fisher information of ``parameters``, as the mean over ``examples``."""
     total, seen = [torch.zeros_like(p) for p in parameters], 0
     generator = torch.Generator().manual_seed(0)
-    ahead = not model.config.is_encoder_decoder  # a decoder's token is predicted a place before its own
     for example in examples:
         seen += 1
-        terms = _log_likelihoods(model(**example), example, expected, generator, ahead)
+        terms = _log_likelihoods(model(**example), example, expected, generator, _ahead(model))
         for i, (probability, value) in enumerate(terms, 1):
             gradients = torch.autograd.grad(
                 value, parameters, retain_graph=i < len(terms), materialize_grads=True, allow_unused=True
@@ -91,8 +90,13 @@ def fisher(
     return [sum_ / max(seen, 1) for sum_ in total]
 
 
+def _ahead(model: nn.Module) -> bool:
+    """Whether a token is predicted a place before its own, as in a decoder alone."""
+    return not getattr(getattr(model, "config", None), "is_encoder_decoder", True)
+
+
 def _log_likelihoods(
-    outputs, example: Example, expected: bool, generator: torch.Generator, ahead: bool
+    outputs, example: Example, expected: bool, generator: torch.Generator, ahead: bool = False
 ) -> list[tuple[float, torch.Tensor]]:
     """Labels' probabilities and log-likelihoods.  Of tokens it is the mean; of an example without labels the
     sum of the first output stands in for it."""
