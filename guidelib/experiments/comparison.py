@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Setting(Spec):
     """How a task is trained and scored.  train: number of items drawn by the seed, None for all.  validation,
     test: how many there are, the same ones in every run.  question, answers: see `Task.ask`.  books: of a
-    text to text, what the ids of its training items begin with; () for all.  back: from target to source."""
+    text to text, those that its training items are from, () for all.  back: from target to source."""
 
     task: str
     train: int | None = None

@@ -79,8 +79,11 @@ class Transfer(Experiment):
         from guidelib.materials.backbones import load_backbone
 
         way, name, lr, seed = self.methods[key["method"]], key["task"], key["lr"], key["seed"]
-        tasks = {each: replace(to, train=way.train).data(seed) for each, to in self.tasks.items()}
-        task = _pool(list(tasks.values())) if name == ALL else tasks[name]
+
+        def data(each: str) -> Task:
+            return replace(self.tasks[each], train=way.train).data(seed)
+
+        task = _pool([data(each) for each in self.tasks]) if name == ALL else data(name)
         model, tokenizer = load_backbone(self.backbone, task, seed=seed)
         started = self._start(model, way, name, seed, result, folder)
         if started is None:
@@ -93,7 +96,7 @@ class Transfer(Experiment):
         scores = self.evaluate(model, task, tokenizer)
         if key["method"] == OWN or name == ALL:
             row["across"] = {
-                to: scores if to == name else self.evaluate(model, tasks[to], tokenizer, write=False)
+                to: scores if to == name else self.evaluate(model, data(to), tokenizer, write=False)
                 for to in self.targets or self.tasks
             }
         row |= scores | trained
