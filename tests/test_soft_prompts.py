@@ -38,6 +38,7 @@ import guidelib as gl
 from guidelib.additive.soft_prompts.reparametrized import LSTM
 from guidelib.core.anatomy import Anatomy
 from guidelib.costs import operations
+from guidelib.materials.configs import load_config
 
 TOKENS = (7, 30, 11, 200)
 
@@ -804,15 +805,7 @@ def test_a_file_from_before_the_end_beside_another_prompt(method, tmp_path):
 
 @pytest.mark.parametrize("both", [gl.WARP(3) + gl.PromptTuning(2), gl.PromptTuning(2) + gl.WARP(3)], ids=repr)
 def test_a_pooler_reads_what_is_left_when_two_have_added_to_the_text(both):
-    config = BertConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        vocab_size=300,
-        max_position_embeddings=64,
-    )
-    model = BertForSequenceClassification(config).double().eval()
+    model = BertForSequenceClassification(load_config("tiny-bert")).double().eval()
     gl.attach(model, both)
     inputs = batch("tiny-bert", padded=False)
     del inputs["labels"]
