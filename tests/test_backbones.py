@@ -396,9 +396,10 @@ def test_without_package_and_hub_the_command_is_named(monkeypatch):
 # ---- smollm2
 
 
-def test_smollm2_is_converted_once_and_answers(tmp_path, monkeypatch, task):
+def test_smollm2_is_converted_once_and_answers(tmp_path, monkeypatch, task, capsys):
     monkeypatch.setenv("GUIDELIB_CACHE", str(tmp_path / "cache"))
     model, tokenizer = load_backbone("smollm2")
+    assert "GGUF tensors" not in capsys.readouterr().err  # a page would keep it
     (folder,) = (tmp_path / "cache").iterdir()  # and no temporary folder beside it
     weights = folder / "model.safetensors"
     made = weights.stat().st_mtime_ns
