@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
@@ -300,6 +300,15 @@ def test_a_method_survives_json(name):
     again = Spec.from_json(json.loads(json.dumps(method.to_json())))
     assert again == method and type(again) is type(method) and hash(again) == hash(method)
     assert repr(again) == repr(method)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_true_is_no_number(name):
+    method = METHODS[name]
+    values = {f.name: getattr(method, f.name) for f in fields(method)}
+    for field in (field for field, value in values.items() if type(value) in (int, float)):
+        with pytest.raises(ValueError, match="got True"):
+            replace(method, **{field: True})
 
 
 def test_every_method_is_listed_and_has_a_case():

@@ -26,7 +26,7 @@ from guidelib.core.anatomy import ADDED, Anatomy, expect_weights, modules_of
 from guidelib.core.bounds import Bounded
 from guidelib.core.files import FORMAT, checksum, read, write
 from guidelib.core.fingerprint import fingerprint
-from guidelib.core.method import Method, Spec, expect
+from guidelib.core.method import Method, Spec, expect, is_whole
 from guidelib.core.points.choice import Choosing
 from guidelib.core.points.part import Part, copied, put
 from guidelib.core.points.passes import noted, remember
@@ -76,7 +76,7 @@ def attach(
     or name that is not there, an impossible size, or a model that already carries a method, or shares layers
     with one that does (its backbone, or another head's).
     """
-    expect(type(seed) is int and 0 <= seed < 2**63, "seed", seed, "a whole number of at least 0")
+    expect(is_whole(seed, 0) and seed < 2**63, "seed", seed, "a whole number of at least 0")
     attachment = _attach(model, method, seed, also=also)
     frozen = sorted(attachment.anatomy.drawn - attachment._selected)
     if frozen:
@@ -538,13 +538,12 @@ def using(model: PreTrainedModel, ids: int | Sequence[int], *, num_beams: int = 
     accepted = "one with FLoRA attached, or with several prompts or prefixes"
     expect(bool(several), "model", f"one that carries {attachment.method!r}", accepted)
     expect(not attachment.merged, "model", "a merged one", "unmerged; call unmerge() first")
-    whole = isinstance(num_beams, int) and num_beams >= 1
-    expect(whole, "num_beams", num_beams, "a whole number of at least 1")
+    expect(is_whole(num_beams), "num_beams", num_beams, "a whole number of at least 1")
     tasks = min(module.tasks for module in several)
     given, ids = ids, ids.tolist() if hasattr(ids, "tolist") else ids
     single = isinstance(ids, int)
     listed = [ids] if single else list(ids) if isinstance(ids, Sequence) else []
-    right = bool(listed) and all(type(i) is int and 0 <= i < tasks for i in listed)
+    right = bool(listed) and all(is_whole(i, 0) and i < tasks for i in listed)
     expect(right, "ids", given, f"a number from 0 to {tasks - 1}, or one for each example")
     choice = (ids if single else torch.tensor(listed)), num_beams
     remember(model)

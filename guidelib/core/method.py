@@ -27,6 +27,16 @@ def expect(condition: bool, argument: str, value: object, accepted: str) -> None
         raise ValueError(f"{argument} must be {accepted}, got {value!r}")
 
 
+def is_whole(value: object, least: int = 1) -> bool:
+    """Whether it is a whole number of at least ``least``; True and False are no numbers."""
+    return type(value) is int and value >= least
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
 class Spec:
     """A value that a file can hold: a frozen dataclass, written as its class name and fields."""
 

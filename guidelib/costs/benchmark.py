@@ -21,7 +21,7 @@ from transformers import ByT5Tokenizer, LlamaConfig, LlamaForSequenceClassificat
 from guidelib.additive.adapters.bottleneck import PfeifferAdapter
 from guidelib.additive.other.lst import LST
 from guidelib.core.attaching import attach
-from guidelib.core.method import Method, expect
+from guidelib.core.method import Method, expect, is_whole
 from guidelib.machine import device
 from guidelib.materials.backbones import load_backbone
 from guidelib.materials.tasks import load_task
@@ -123,7 +123,7 @@ def kept_ratio(
 
 def take_turns(runs: dict[str, Callable[[], Any]], pairs: int) -> dict[str, list[float]]:
     """Seconds of every run in each of ``pairs`` turns; one that returns a float has timed itself."""
-    expect(isinstance(pairs, int) and pairs >= 6, "pairs", pairs, "a whole number of at least 6")
+    expect(is_whole(pairs, 6), "pairs", pairs, "a whole number of at least 6")
     times = {label: [] for label in runs}
     for turn in range(pairs + 1):
         for label, run in runs.items():

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from guidelib.core.anatomy import Anatomy
 from guidelib.core.attaching import attach
-from guidelib.core.method import Method, expect
+from guidelib.core.method import Method, expect, is_whole
 from guidelib.costs.measure import Costs, measure
 from guidelib.costs.shapes import on_shapes
 from guidelib.costs.step import Batch
@@ -53,7 +53,7 @@ def predict(
     learned table of positions has.
     """
     for name, value in (("batch", batch), ("length", length), ("target_length", target_length)):
-        whole = type(value) is int and value >= 1 or (value is None and name == "target_length")
+        whole = is_whole(value) or (value is None and name == "target_length")
         expect(whole, name, value, "a whole number of at least 1")
     model = _blank(model, task, dtype)
     _expect_room(model, length, target_length or length)

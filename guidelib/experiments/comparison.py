@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from guidelib.core.attaching import attach
-from guidelib.core.method import Method, Spec, Sum, expect
+from guidelib.core.method import Method, Spec, Sum, expect, is_whole
 from guidelib.experiments.base import Arm, Experiment, Row
 from guidelib.selective.anchors import HeadOnly
 
@@ -67,7 +67,7 @@ class Comparison(Experiment):
         expect_name(self.backbone)
         for name in ("seeds", "tuning_seeds", "batch_size", "max_length"):
             value = getattr(self, name)
-            expect(type(value) is int and value >= 1, name, value, "a whole number of at least 1")
+            expect(is_whole(value), name, value, "a whole number of at least 1")
         number = isinstance(self.head_lr, float) and self.head_lr > 0
         expect(number, "head_lr", self.head_lr, "a learning rate such as 1.0e-2")
         precisions = ("no", "bf16", "fp16")

@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm.std import tqdm
 
-from guidelib.core.method import expect
+from guidelib.core.method import expect, is_whole
 from guidelib.experiments.base import KEY, Experiment, Results, Row
 from guidelib.machine import device, versions
 
@@ -32,7 +32,7 @@ def work(experiment: Experiment, path: Path, *, jobs: int = 1, progress: bool = 
     Raises ValueError if the file was made with other settings, versions or another kind of device, and
     RuntimeError if a process failed.
     """
-    expect(isinstance(jobs, int) and jobs >= 1, "jobs", jobs, "a whole number of at least 1")
+    expect(is_whole(jobs), "jobs", jobs, "a whole number of at least 1")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _begin(experiment, path)

@@ -23,7 +23,7 @@ from torch import nn
 from guidelib.additive.adapters.bottleneck import Adapter
 from guidelib.additive.adapters.linear import Linears, Pair
 from guidelib.core.anatomy import Sublayer, Targets
-from guidelib.core.method import expect
+from guidelib.core.method import expect, is_whole
 from guidelib.core.points.weight_delta import added_dtype
 from guidelib.core.values import has_values
 
@@ -44,7 +44,7 @@ class PHM(Linears):
 
     def __post_init__(self):
         for name, value in {"n": self.n, "rank": 1 if self.rank is None else self.rank}.items():
-            expect(type(value) is int and value >= 1, name, value, "a whole number of at least 1")
+            expect(is_whole(value), name, value, "a whole number of at least 1")
         expect(isinstance(self.shared, bool), "shared", self.shared, "True or False")
 
     def pairs(self, sublayers: list[Sublayer], r: int) -> list[Pair]:

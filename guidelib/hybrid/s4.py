@@ -32,7 +32,7 @@ from operator import add
 from guidelib.additive.adapters.bottleneck import PfeifferAdapter
 from guidelib.additive.soft_prompts.prefix import PrefixTuning
 from guidelib.core.anatomy import Anatomy
-from guidelib.core.method import Method, Plan, expect
+from guidelib.core.method import Method, Plan, expect, is_number
 from guidelib.reparametrization.lora import LoRA
 from guidelib.selective.bitfit import BitFit
 
@@ -65,7 +65,7 @@ class S4(Plan):
     strategy: tuple[str, ...] = ("AL", "AP", "APB", "PBL")
 
     def __post_init__(self):
-        number = isinstance(self.budget, int | float) and not isinstance(self.budget, bool)
+        number = is_number(self.budget)
         right = number and self.budget > 0 and (self.budget < 1 or isinstance(self.budget, int))
         expect(right, "budget", self.budget, "a whole number of at least 1, or a share between 0 and 1")
         for name, known in {"grouping": GROUPINGS, "allocation": ALLOCATIONS}.items():

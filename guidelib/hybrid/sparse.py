@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from guidelib.additive.soft_prompts.prefix import PrefixTuning
 from guidelib.core.anatomy import Anatomy
-from guidelib.core.method import Attached, Delegate, Method, Sum, Wrapper, expect, within
+from guidelib.core.method import Attached, Delegate, Method, Sum, Wrapper, expect, is_number, within
 from guidelib.core.points.part import Part
 from guidelib.core.points.pruned import Pruned
 from guidelib.core.points.sublayer import SublayerPart
@@ -63,7 +63,7 @@ class Sparse(Wrapper):
 
     def __post_init__(self):
         super().__post_init__()
-        share = isinstance(self.keep, int | float) and 0 < self.keep <= 1
+        share = is_number(self.keep) and 0 < self.keep <= 1
         expect(share, "keep", self.keep, "a share of the entries, more than 0 and at most 1")
         expect(self.score in SCORES, "score", self.score, f"one of {', '.join(SCORES)}")
         written = next((m for m in within(self.method) if _writes(m)), None)

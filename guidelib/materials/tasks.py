@@ -133,14 +133,14 @@ class Task:
 
         With the same seed, a smaller draw is the beginning of a larger one.
         """
-        if not (isinstance(seed, int) and seed >= 0):
+        if not (type(seed) is int and seed >= 0):
             raise ValueError(f"seed: got {seed!r}, but a whole number of at least 0 is accepted")
         chosen = {}
         for split, size in zip(SPLITS, (train, validation, test), strict=True):
             data = getattr(self, split)
             if size is None:
                 continue
-            if not (isinstance(size, int) and 1 <= size <= len(data)):
+            if not (type(size) is int and 1 <= size <= len(data)):
                 raise ValueError(
                     f"{split}: got {size}, but 1 to {len(data)} (all items of {self.name!r}) is accepted"
                 )

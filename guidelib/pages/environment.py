@@ -45,7 +45,7 @@ def setup(seed: int = 0) -> None:
     The environment variables that you set yourself, such as TRANSFORMERS_VERBOSITY, stay as they are.
     Raises `ValueError` for a seed that numpy cannot take.
     """
-    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+    if type(seed) is not int or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, not {seed!r}.")
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)

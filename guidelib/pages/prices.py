@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from guidelib.core.attaching import Count, attach
-from guidelib.core.method import Method, expect
+from guidelib.core.method import Method, expect, is_whole
 from guidelib.costs import operations, saved_bytes
 from guidelib.costs.benchmark import ratio, take_turns
 from guidelib.costs.measure import Costs, measure
@@ -88,7 +88,7 @@ def cost_table(
     """
     expect(bool(methods), "methods", methods, "at least one, by its label")
     sizes = [*batches, length]
-    right = bool(batches) and all(isinstance(n, int) and n >= 1 for n in sizes)
+    right = bool(batches) and all(is_whole(n) for n in sizes)
     expect(right, "batches", (batches, length), "whole numbers of at least 1")
     model, _ = load_backbone(backbone, task)
     inputs = [token_batch(model, size, length) for size in batches]

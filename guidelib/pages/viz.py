@@ -168,7 +168,7 @@ def slider(
     values = list(values)
     if len(values) < 2:
         raise ValueError(f"values must hold at least two values to move between, not {values!r}.")
-    if not isinstance(start, int) or not 0 <= start < len(values):
+    if type(start) is not int or not 0 <= start < len(values):
         raise ValueError(f"start must be an index into the {len(values)} values, from 0 on, not {start!r}.")
     frames = []
     for value in values:

@@ -12,7 +12,6 @@ the paper squares and adds up.  The code's scale alpha / (r + 1e-5) allows for a
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ from torch import nn
 
 from guidelib.core.anatomy import Site, Targets
 from guidelib.core.attaching import Attachment
-from guidelib.core.method import expect
+from guidelib.core.method import expect, is_number, is_whole
 from guidelib.core.points.weight_delta import BranchCost, Delta, WeightDelta, added_dtype
 
 
@@ -51,19 +50,21 @@ class AdaLoRA(WeightDelta):
         super().__post_init__()
         for name in ("r", "interval"):
             value = getattr(self, name)
-            expect(isinstance(value, int) and value >= 1, name, value, "a whole number of at least 1")
-        whole = isinstance(self.target_r, int) and 1 <= self.target_r <= self.r
+            expect(is_whole(value), name, value, "a whole number of at least 1")
+        whole = is_whole(self.target_r) and self.target_r <= self.r
         expect(whole, "target_r", self.target_r, f"a whole number from 1 to r = {self.r}")
-        expect(_finite(self.alpha), "alpha", self.alpha, "a finite number")
-        share = _finite(self.warmup) and 0 <= self.warmup < 1
+        expect(is_number(self.alpha), "alpha", self.alpha, "a finite number")
+        share = is_number(self.warmup) and 0 <= self.warmup < 1
         expect(share, "warmup", self.warmup, "a share of the training, at least 0 and less than 1")
-        share = _finite(self.final) and 0 <= self.final and self.warmup + self.final < 1
+        share = is_number(self.final) and 0 <= self.final and self.warmup + self.final < 1
         accepted = f"a share of the training, at least 0 and with warmup = {self.warmup} less than 1"
         expect(share, "final", self.final, accepted)
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            expect(_finite(value) and 0 < value < 1, name, value, "a number between 0 and 1")
-        expect(_finite(self.gamma) and self.gamma >= 0, "gamma", self.gamma, "a finite number of at least 0")
+            expect(is_number(value) and 0 < value < 1, name, value, "a number between 0 and 1")
+        expect(
+            is_number(self.gamma) and self.gamma >= 0, "gamma", self.gamma, "a finite number of at least 0"
+        )
 
     def build(self, site: Site) -> Triplets:
         side = min(site.shape)
@@ -107,10 +108,6 @@ class AdaLoRA(WeightDelta):
             pruned[order[: self.budget(step, total, len(deltas))]] = False
             for delta, rows in zip(deltas, pruned.split(self.r), strict=True):
                 delta.Lambda.masked_fill_(rows, 0)
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 class Triplets(Delta):

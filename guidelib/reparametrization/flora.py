@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from guidelib.core.anatomy import Site, Targets
 from guidelib.core.attaching import Attachment, attach, load
-from guidelib.core.method import expect
+from guidelib.core.method import expect, is_number, is_whole
 from guidelib.core.points.choice import Choosing
 from guidelib.core.points.passes import Call
 from guidelib.core.points.weight_delta import BranchCost, ChoosingPart, Delta, WeightDelta, added_dtype
@@ -51,12 +51,11 @@ class FLoRA(WeightDelta):
         super().__post_init__()
         for name in ("r", "tasks"):
             value = getattr(self, name)
-            expect(isinstance(value, int) and value >= 1, name, value, "a whole number of at least 1")
+            expect(is_whole(value), name, value, "a whole number of at least 1")
         expect(self.form in ("multiply", "add"), "form", self.form, "'multiply' or 'add'")
         if self.alpha is not None:
             expect(self.form == "add", "alpha", self.alpha, "None for form='multiply', which has no scale")
-            number = isinstance(self.alpha, int | float)
-            expect(number and math.isfinite(self.alpha), "alpha", self.alpha, "a finite number or None")
+            expect(is_number(self.alpha), "alpha", self.alpha, "a finite number or None")
 
     def parts(self, anatomy, saved):
         blocks = {(stack, layer): block for stack, layer, block in anatomy.blocks()}

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from guidelib.core.anatomy import Site, Targets
-from guidelib.core.method import expect
+from guidelib.core.method import expect, is_whole
 from guidelib.core.points.weight_delta import BranchCost, Delta, WeightDelta, added_dtype
 
 FORMS = {
@@ -48,7 +48,7 @@ class GLoRA(WeightDelta):
 
     def __post_init__(self):
         super().__post_init__()
-        expect(isinstance(self.r, int) and self.r >= 1, "r", self.r, "a whole number of at least 1")
+        expect(is_whole(self.r), "r", self.r, "a whole number of at least 1")
         for name, forms in FORMS.items():
             form = getattr(self, name)
             expect(form in forms, name, form, f"one of {', '.join(forms)}")

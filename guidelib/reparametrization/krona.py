@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from guidelib.core.anatomy import Site, Targets
-from guidelib.core.method import expect
+from guidelib.core.method import expect, is_number, is_whole
 from guidelib.core.points.weight_delta import BranchCost, Delta, WeightDelta, added_dtype
 
 
@@ -42,10 +42,10 @@ class KronA(WeightDelta):
 
     def __post_init__(self):
         super().__post_init__()
-        expect(isinstance(self.s, int | float) and math.isfinite(self.s), "s", self.s, "a finite number")
+        expect(is_number(self.s), "s", self.s, "a finite number")
         if self.shape is not None:
             right = isinstance(self.shape, tuple | list) and len(self.shape) == 2
-            right = right and all(isinstance(side, int) and side >= 1 for side in self.shape)
+            right = right and all(is_whole(side) for side in self.shape)
             expect(right, "shape", self.shape, "None or two whole numbers of at least 1")
             object.__setattr__(self, "shape", tuple(self.shape))
 

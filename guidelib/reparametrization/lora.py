@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from guidelib.core.anatomy import Site, Targets
-from guidelib.core.method import expect
+from guidelib.core.method import expect, is_number, is_whole
 from guidelib.core.points.weight_delta import BranchCost, Delta, WeightDelta, added_dtype
 
 
@@ -45,10 +45,9 @@ class LoRA(WeightDelta):
 
     def __post_init__(self):
         super().__post_init__()
-        expect(isinstance(self.r, int) and self.r >= 1, "r", self.r, "a whole number of at least 1")
-        number = isinstance(self.alpha, int | float)
-        expect(number and math.isfinite(self.alpha), "alpha", self.alpha, "a finite number")
-        number = isinstance(self.dropout, int | float)
+        expect(is_whole(self.r), "r", self.r, "a whole number of at least 1")
+        expect(is_number(self.alpha), "alpha", self.alpha, "a finite number")
+        number = is_number(self.dropout)
         expect(number and 0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and less than 1")
         for name in ("rank_stabilized", "freeze_A"):
             expect(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from guidelib.core.anatomy import Site, Targets
 from guidelib.core.attaching import attached
-from guidelib.core.method import Method, expect
+from guidelib.core.method import Method, expect, is_whole
 from guidelib.core.points.part import Place, hollow, where
 from guidelib.core.points.passes import Call
 from guidelib.core.points.weight_space import WeightSpacePart
@@ -138,7 +138,7 @@ def _blocks(flat: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _expect_block(block: object) -> None:
-    right = isinstance(block, int) and 0 < block <= 2**20 and block % 2 == 0
+    right = is_whole(block) and block <= 2**20 and block % 2 == 0
     expect(right, "block", block, "an even whole number from 2 to 1,048,576")
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from guidelib.core.anatomy import Anatomy, Targets
-from guidelib.core.method import expect
+from guidelib.core.method import expect, is_number, is_whole
 from guidelib.core.values import draw
 from guidelib.reparametrization.lora import LoRA
 
@@ -44,11 +44,10 @@ class ReLoRA(LoRA):
 
     def __post_init__(self):
         super().__post_init__()
-        whole = isinstance(self.restarts, int) and self.restarts >= 0
-        expect(whole, "restarts", self.restarts, "a whole number of at least 0")
+        expect(is_whole(self.restarts, 0), "restarts", self.restarts, "a whole number of at least 0")
         for name in ("keep", "warmup"):
             value = getattr(self, name)
-            expect(isinstance(value, int | float) and 0 <= value <= 1, name, value, "a share from 0 to 1")
+            expect(is_number(value) and 0 <= value <= 1, name, value, "a share from 0 to 1")
 
     def parts(self, anatomy, saved):
         parts = super().parts(anatomy, saved)

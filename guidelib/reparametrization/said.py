@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from guidelib.core.anatomy import Anatomy
-from guidelib.core.method import Method, expect
+from guidelib.core.method import Method, expect, is_whole
 from guidelib.core.points.part import Part
 from guidelib.core.points.weight_delta import added_dtype
 from guidelib.core.points.weight_space import WeightSpacePart
@@ -52,11 +52,11 @@ class IntrinsicSAID(Method):
     seed: int = 0
 
     def __post_init__(self):
-        expect(isinstance(self.d, int) and self.d >= 1, "d", self.d, "a whole number of at least 1")
+        expect(is_whole(self.d), "d", self.d, "a whole number of at least 1")
         expect(isinstance(self.scales, bool), "scales", self.scales, "True or False")
         known = self.projection in ("fastfood", "dense")
         expect(known, "projection", self.projection, "'fastfood' or 'dense'")
-        right = type(self.seed) is int and 0 <= self.seed < 2**63
+        right = is_whole(self.seed, 0) and self.seed < 2**63
         expect(right, "seed", self.seed, "a whole number of at least 0")
 
     def parts(self, anatomy: Anatomy, saved: Mapping[str, torch.Tensor]) -> list[Part]:

@@ -33,7 +33,7 @@ import torch
 from torch import nn
 
 from guidelib.core.anatomy import Anatomy
-from guidelib.core.method import expect
+from guidelib.core.method import expect, is_number
 from guidelib.core.points.part import Part
 from guidelib.core.points.sparse_delta import Narrowing, SparseDelta
 from guidelib.core.values import draw, has_values
@@ -59,12 +59,11 @@ class DiffPruning(Narrowing):
 
     def __post_init__(self):
         super().__post_init__()
-        number = isinstance(self.penalty, int | float) and 0 <= self.penalty < math.inf
+        number = is_number(self.penalty) and self.penalty >= 0
         expect(number, "penalty", self.penalty, "a finite number of at least 0")
-        number = isinstance(self.gate_lr, int | float) and 0 < self.gate_lr < math.inf
-        expect(number, "gate_lr", self.gate_lr, "a positive number")
+        expect(is_number(self.gate_lr) and self.gate_lr > 0, "gate_lr", self.gate_lr, "a positive number")
         expect(isinstance(self.structured, bool), "structured", self.structured, "True or False")
-        share = isinstance(self.final, int | float) and 0 < self.final < 1
+        share = is_number(self.final) and 0 < self.final < 1
         expect(share, "final", self.final, "a share of the steps, more than 0 and less than 1")
 
     def parts(self, anatomy: Anatomy, saved: Mapping[str, torch.Tensor]) -> list[Part]:

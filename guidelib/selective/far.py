@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from guidelib.core.anatomy import ADDED, Anatomy, Site, Targets
-from guidelib.core.method import expect
+from guidelib.core.method import expect, is_number
 from guidelib.core.points.part import Part, Place
 from guidelib.core.points.sparse_delta import spread
 from guidelib.core.points.weight_delta import BranchCost, Delta, DeltaPart, WeightDelta, added_dtype
@@ -49,9 +49,9 @@ class FAR(WeightDelta):
 
     def __post_init__(self):
         super().__post_init__()
-        share = isinstance(self.keep, int | float) and 0 < self.keep <= 1
+        share = is_number(self.keep) and 0 < self.keep <= 1
         expect(share, "keep", self.keep, "a share of the outputs, more than 0 and at most 1")
-        share = isinstance(self.priming, int | float) and 0 < self.priming < 1
+        share = is_number(self.priming) and 0 < self.priming < 1
         expect(share, "priming", self.priming, "a share of the steps, more than 0 and less than 1")
         expect(isinstance(self.rewind, bool), "rewind", self.rewind, "True or False")
 

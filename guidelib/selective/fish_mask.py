@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from guidelib.core.method import Attached, expect
+from guidelib.core.method import Attached, expect, is_whole
 from guidelib.core.points.sparse_delta import Selecting
 
 SCORES = ("expected", "empirical", "magnitude", "random")
@@ -44,8 +44,7 @@ class FishMask(Selecting):
     def __post_init__(self):
         super().__post_init__()
         expect(self.score in SCORES, "score", self.score, f"one of {', '.join(SCORES)}")
-        whole = type(self.samples) is int and self.samples >= 1
-        expect(whole, "samples", self.samples, "a whole number of at least 1")
+        expect(is_whole(self.samples), "samples", self.samples, "a whole number of at least 1")
 
     def prepare(self, attachment: Attached, batches: Iterable[Example]) -> None:
         part = self.part(attachment)

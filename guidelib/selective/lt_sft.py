@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from guidelib.core.anatomy import ADDED
 from guidelib.core.attaching import Attachment, attach, load
-from guidelib.core.method import Sum, expect
+from guidelib.core.method import Sum, expect, is_number
 from guidelib.core.points.sparse_delta import Narrowing, SparseDelta
 
 
@@ -41,7 +41,7 @@ class LTSFT(Narrowing):
 
     def __post_init__(self):
         super().__post_init__()
-        share = isinstance(self.first, int | float) and 0 < self.first < 1
+        share = is_number(self.first) and 0 < self.first < 1
         expect(share, "first", self.first, "a share of the steps, more than 0 and less than 1")
 
     def switch(self, total: int) -> int:

@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from guidelib.core.attaching import Attachment, attached
-from guidelib.core.method import expect
+from guidelib.core.method import expect, is_number, is_whole
 from guidelib.machine import device
 from guidelib.materials.tasks import SPLITS, Task
 from guidelib.training import recompute
@@ -103,21 +103,20 @@ def fit(
     attachment = attached(model)
     attachment.check()
     _expect_task(model, task)
-    expect(type(seed) is int and 0 <= seed < 2**32, "seed", seed, "a whole number from 0 to 2**32 - 1")
+    expect(is_whole(seed, 0) and seed < 2**32, "seed", seed, "a whole number from 0 to 2**32 - 1")
     expect(not attachment.merged, "model", "a merged one", "unmerged while it trains; call unmerge() first")
     for name, value in (("lr", lr), ("head_lr", lr if head_lr is None else head_lr), ("epochs", epochs)):
-        expect(_finite(value) and value > 0, name, value, "a positive number")
+        expect(is_number(value) and value > 0, name, value, "a positive number")
     expect(
-        _finite(warmup) and 0 <= warmup < 1,
+        is_number(warmup) and 0 <= warmup < 1,
         "warmup",
         warmup,
         "a share of the steps, at least 0 and less than 1",
     )
     expect(
-        _finite(weight_decay) and weight_decay >= 0, "weight_decay", weight_decay, "a number of at least 0"
+        is_number(weight_decay) and weight_decay >= 0, "weight_decay", weight_decay, "a number of at least 0"
     )
-    whole = isinstance(batch_size, int) and batch_size >= 1
-    expect(whole, "batch_size", batch_size, "a whole number of at least 1")
+    expect(is_whole(batch_size), "batch_size", batch_size, "a whole number of at least 1")
     mixed_precision = _mixed_precision(model, mixed_precision)
     expect(
         len(task.train) > 0, "task", f"{task.name} with an empty training split", "a task with training data"
@@ -213,8 +212,7 @@ def evaluate(
     model's, an empty split or an impossible number.
     """
     _expect_task(model, task)
-    whole = isinstance(batch_size, int) and batch_size >= 1
-    expect(whole, "batch_size", batch_size, "a whole number of at least 1")
+    expect(is_whole(batch_size), "batch_size", batch_size, "a whole number of at least 1")
     fits = mixed_precision in ("no", *HALF)
     expect(fits, "mixed_precision", mixed_precision, f"one of no, {', '.join(HALF)}")
     full = split not in SPLITS or len(getattr(task, split)) > 0
@@ -289,10 +287,6 @@ def _expect_task(model: PreTrainedModel, task: Task) -> None:
         right = right and model.config.num_labels >= len(task.labels)
         what = f"{task.name} with {len(task.labels)} labels"
         expect(right, "task", what, "a task that the model has a head for: load_backbone(name, task)")
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _mixed_precision(model: PreTrainedModel, chosen: str | None) -> str:

@@ -16,7 +16,6 @@ maps that are not shared.
 from __future__ import annotations
 
 import copy
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from torch import nn
 
 from guidelib.additive.adapters.bottleneck import Adapter
 from guidelib.core.anatomy import Sublayer, Targets
-from guidelib.core.method import Attached, expect
+from guidelib.core.method import Attached, expect, is_number, is_whole
 from guidelib.core.points.passes import twin
 from guidelib.core.points.sublayer import part_name
 from guidelib.core.values import draw
@@ -55,10 +54,9 @@ class AdaMix(Adapter):
 
     def __post_init__(self):
         super().__post_init__()
-        whole = isinstance(self.experts, int) and self.experts >= 1
-        expect(whole, "experts", self.experts, "a whole number of at least 1")
+        expect(is_whole(self.experts), "experts", self.experts, "a whole number of at least 1")
         expect(self.shared in SHARED, "shared", self.shared, f"one of {', '.join(SHARED)}")
-        number = isinstance(self.consistency, int | float) and math.isfinite(self.consistency)
+        number = is_number(self.consistency)
         expect(number and self.consistency >= 0, "consistency", self.consistency, "a number of at least 0")
 
     def build_all(self, sublayers: list[Sublayer], saved: Mapping[str, torch.Tensor]) -> list[nn.Module]:

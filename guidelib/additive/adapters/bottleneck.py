@@ -17,7 +17,6 @@ ports), one for the others.  Nothing can be merged, since phi is not linear.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +28,7 @@ from torch import nn
 
 from guidelib.additive.adapters.linear import Dense, Linears
 from guidelib.core.anatomy import Anatomy, Sublayer, Targets
-from guidelib.core.method import expect
+from guidelib.core.method import expect, is_number, is_whole
 from guidelib.core.points.sublayer import SublayerHook
 from guidelib.core.points.weight_delta import BranchCost
 
@@ -62,11 +61,11 @@ class Adapter(SublayerHook):
 
     def __post_init__(self):
         super().__post_init__()
-        expect(isinstance(self.r, int) and self.r >= 1, "r", self.r, "a whole number of at least 1")
+        expect(is_whole(self.r), "r", self.r, "a whole number of at least 1")
         known = isinstance(self.activation, str) and self.activation in ACTIVATIONS
         expect(known, "activation", self.activation, f"one of {', '.join(ACTIVATIONS)}")
         expect(isinstance(self.norms, bool), "norms", self.norms, "True or False")
-        number = isinstance(self.dropout, int | float)
+        number = is_number(self.dropout)
         expect(number and 0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and less than 1")
         expect(isinstance(self.linear, Linears), "linear", self.linear, "a value such as Dense()")
 
@@ -124,7 +123,7 @@ class ParallelAdapter(Adapter):
 
     def __post_init__(self):
         super().__post_init__()
-        number = isinstance(self.scale, int | float) and math.isfinite(self.scale)
+        number = is_number(self.scale)
         expect(number or self.scale == "learned", "scale", self.scale, 'a finite number or "learned"')
 
     def bottleneck(self, down: nn.Module, up: nn.Module) -> Bottleneck:

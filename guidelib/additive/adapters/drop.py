@@ -21,7 +21,7 @@ from torch import nn
 
 from guidelib.additive.adapters.bottleneck import PfeifferAdapter
 from guidelib.core.anatomy import Anatomy
-from guidelib.core.method import Method, Wrapper, expect
+from guidelib.core.method import Method, Wrapper, expect, is_whole
 from guidelib.core.points.part import Part
 from guidelib.core.points.passes import Call, noted, notes, remember
 from guidelib.core.points.sublayer import SKIPPED, SublayerPart
@@ -42,8 +42,7 @@ class AdapterDrop(Wrapper):
 
     def __post_init__(self):
         super().__post_init__()
-        whole = isinstance(self.drop, int) and self.drop >= 0
-        expect(whole, "drop", self.drop, "a whole number of at least 0")
+        expect(is_whole(self.drop, 0), "drop", self.drop, "a whole number of at least 0")
         expect(isinstance(self.random, bool), "random", self.random, "True or False")
 
     def restriction(self, anatomy: Anatomy) -> Anatomy:

@@ -27,7 +27,7 @@ from torch import nn
 from guidelib.additive.adapters.bottleneck import Bottleneck, PfeifferAdapter
 from guidelib.core.anatomy import Anatomy, Sublayer
 from guidelib.core.files import read
-from guidelib.core.method import Attached, Method, expect
+from guidelib.core.method import Attached, Method, expect, is_number
 from guidelib.core.points.part import Part
 from guidelib.core.points.sublayer import SublayerPart
 from guidelib.core.points.weight_delta import BranchCost, added_dtype
@@ -60,7 +60,7 @@ class AdapterFusion(Method):
         expect(self.n >= 2, "adapters", value, wanted)
         right = isinstance(self.adapter, PfeifferAdapter) and not self.adapter.norms
         expect(right, "adapter", self.adapter, "a PfeifferAdapter that leaves the norms frozen")
-        number = isinstance(self.regularization, int | float) and 0 <= self.regularization < float("inf")
+        number = is_number(self.regularization) and self.regularization >= 0
         expect(number, "regularization", self.regularization, "a number of at least 0")
 
     @property

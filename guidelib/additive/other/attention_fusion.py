@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from guidelib.core.anatomy import Anatomy, sites_in
-from guidelib.core.method import Method, expect
+from guidelib.core.method import Method, expect, is_number
 from guidelib.core.points.part import Part
 from guidelib.core.points.side import SideNetwork, SidePart, Trail
 from guidelib.core.points.weight_delta import added_dtype
@@ -37,7 +37,7 @@ class AttentionFusion(Method):
     temperature: float = 1.0
 
     def __post_init__(self):
-        number = isinstance(self.temperature, int | float) and 0 < self.temperature < float("inf")
+        number = is_number(self.temperature) and self.temperature > 0
         expect(number, "temperature", self.temperature, "a positive number")
 
     def parts(self, anatomy: Anatomy, saved: Mapping[str, torch.Tensor]) -> list[Part]:

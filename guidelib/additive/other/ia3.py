@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from guidelib.core.anatomy import Anatomy, Site, Targets
-from guidelib.core.method import Method, expect
+from guidelib.core.method import Method, expect, is_whole
 from guidelib.core.points.choice import Choosing
 from guidelib.core.points.part import Part
 from guidelib.core.points.weight_delta import BranchCost, ChoosingPart, Delta, added_dtype
@@ -49,8 +49,7 @@ class IA3(Method):
         for name in ("targets", "inputs"):
             self.several(name)
         expect(bool(self.targets or self.inputs), "targets", self.targets, "a role, where inputs has none")
-        whole = type(self.tasks) is int and self.tasks >= 1
-        expect(whole, "tasks", self.tasks, "a whole number of at least 1")
+        expect(is_whole(self.tasks), "tasks", self.tasks, "a whole number of at least 1")
 
     def parts(self, anatomy: Anatomy, saved: Mapping[str, torch.Tensor]) -> list[Part]:
         blocks = {(stack, layer): block for stack, layer, block in anatomy.blocks()}

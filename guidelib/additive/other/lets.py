@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from guidelib.core.anatomy import ADDED, Anatomy, Body, Site, sites_in
-from guidelib.core.method import Attached, Method, expect
+from guidelib.core.method import Attached, Method, expect, is_number, is_whole
 from guidelib.core.points.part import Part
 from guidelib.core.points.side import SideNetwork, SidePart, Trail
 from guidelib.core.points.weight_delta import added_dtype
@@ -61,11 +61,11 @@ class LeTS(Method):
     cost: float = 0.05
 
     def __post_init__(self):
-        share = _finite(self.keep) and 0 < self.keep <= 1
+        share = is_number(self.keep) and 0 < self.keep <= 1
         expect(share, "keep", self.keep, "a share of the weights, more than 0 and at most 1")
-        whole = self.hidden is None or (type(self.hidden) is int and self.hidden >= 1)
+        whole = self.hidden is None or is_whole(self.hidden)
         expect(whole, "hidden", self.hidden, "a whole number of at least 1, or None")
-        expect(_finite(self.cost) and self.cost >= 0, "cost", self.cost, "a finite number of at least 0")
+        expect(is_number(self.cost) and self.cost >= 0, "cost", self.cost, "a finite number of at least 0")
 
     def parts(self, anatomy: Anatomy, saved: Mapping[str, torch.Tensor]) -> list[Part]:
         blocks = [*anatomy.blocks()]
@@ -215,7 +215,3 @@ def _site(body: Body, layer: int) -> Site:
 def _largest(scores: torch.Tensor, k: int) -> torch.Tensor:
     """The places of the k largest |scores|, in order."""
     return scores.detach().abs().flatten().topk(k, sorted=False).indices.sort().values
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

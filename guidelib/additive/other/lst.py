@@ -28,7 +28,7 @@ from torch import nn
 
 from guidelib.additive.other import narrow
 from guidelib.core.anatomy import Anatomy, Body, Layers, sites_in
-from guidelib.core.method import Attached, Method, expect
+from guidelib.core.method import Attached, Method, expect, is_number, is_whole
 from guidelib.core.points.part import Part
 from guidelib.core.points.passes import noted
 from guidelib.core.points.side import OPEN, Again, SideNetwork, SidePart, Trail
@@ -55,15 +55,14 @@ class LST(Method):
     temperature: float = 0.1
 
     def __post_init__(self):
-        whole = type(self.reduction) is int and self.reduction >= 1
-        expect(whole, "reduction", self.reduction, "a whole number of at least 1")
+        expect(is_whole(self.reduction), "reduction", self.reduction, "a whole number of at least 1")
         layers = (self.layers,) if isinstance(self.layers, int) else self.layers
         if layers is not None:
             right = isinstance(layers, Iterable) and not isinstance(layers, str)
             expect(right, "layers", layers, "None, a whole number or several of them")
             object.__setattr__(self, "layers", tuple(layers))
         expect(self.init in INITS, "init", self.init, f"one of {', '.join(INITS)}")
-        number = isinstance(self.temperature, int | float) and 0 < self.temperature < float("inf")
+        number = is_number(self.temperature) and self.temperature > 0
         expect(number, "temperature", self.temperature, "a positive number")
 
     def parts(self, anatomy: Anatomy, saved: Mapping[str, torch.Tensor]) -> list[Part]:

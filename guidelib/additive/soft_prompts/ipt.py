@@ -28,7 +28,7 @@ from guidelib.additive.soft_prompts.prompt import Vectors, first_body, frequent
 from guidelib.additive.soft_prompts.reparametrized import MLP
 from guidelib.core.anatomy import ADDED, Anatomy, Body
 from guidelib.core.files import write
-from guidelib.core.method import Attached, Method, expect
+from guidelib.core.method import Attached, Method, expect, is_whole
 from guidelib.core.points.context import PromptPart
 from guidelib.core.points.part import Part
 from guidelib.core.points.weight_delta import added_dtype
@@ -105,7 +105,7 @@ def fit_space(
     expect(len(shapes) == 1, "prompts", sorted(shapes) or "none", "one or more of the same shape")
     stacked = torch.stack([prompt.detach().float() for prompt in prompts])
     for name, value in (("d", d), ("hidden", hidden)):
-        expect(type(value) is int and value >= 1, name, value, "a whole number of at least 1")
+        expect(is_whole(value), name, value, "a whole number of at least 1")
     right = losses is None or len(losses) == len(prompts)
     expect(right, "losses", f"{len(losses or ())} of them", f"one for each of the {len(prompts)} prompts")
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -142,8 +142,8 @@ class IPT(Method):
     def __post_init__(self):
         for name in ("length", "d", "hidden"):
             value = getattr(self, name)
-            expect(type(value) is int and value >= 1, name, value, "a whole number of at least 1")
-        right = type(self.seed) is int and 0 <= self.seed < 2**63
+            expect(is_whole(value), name, value, "a whole number of at least 1")
+        right = is_whole(self.seed, 0) and self.seed < 2**63
         expect(right, "seed", self.seed, "a whole number of at least 0")
         if self.space is not None:
             right = isinstance(self.space, str | os.PathLike)

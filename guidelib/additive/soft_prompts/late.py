@@ -22,7 +22,7 @@ from torch import nn
 from guidelib.additive.soft_prompts.prompt import Vectors
 from guidelib.additive.soft_prompts.reparametrized import MLP
 from guidelib.core.anatomy import Anatomy
-from guidelib.core.method import Method, expect
+from guidelib.core.method import Method, expect, is_whole
 from guidelib.core.points.context import LatePart
 from guidelib.core.points.part import Part
 from guidelib.core.points.weight_delta import added_dtype
@@ -43,7 +43,7 @@ class LatePromptTuning(Method):
     def __post_init__(self):
         for name in ("length", "layer", "bottleneck"):
             value = getattr(self, name)
-            right = (value is None and name != "length") or (type(value) is int and value >= 1)
+            right = (value is None and name != "length") or is_whole(value)
             expect(right, name, value, "a whole number of at least 1" + ", or None" * (name != "length"))
 
     def parts(self, anatomy: Anatomy, saved: Mapping[str, torch.Tensor]) -> list[Part]:

@@ -19,7 +19,7 @@ import torch
 from guidelib.additive.soft_prompts.prompt import Vectors, first_body
 from guidelib.additive.soft_prompts.reparametrized import LSTM, MLP, Encoded
 from guidelib.core.anatomy import ADDED, Anatomy
-from guidelib.core.method import Attached, Method, expect
+from guidelib.core.method import Attached, Method, expect, is_whole
 from guidelib.core.points.context import PromptPart
 from guidelib.core.points.part import Part
 from guidelib.core.points.weight_delta import added_dtype
@@ -37,10 +37,9 @@ class PTuning(Method):
     hidden: int | None = None
 
     def __post_init__(self):
-        whole = type(self.length) is int and self.length >= 1
-        expect(whole, "length", self.length, "a whole number of at least 1")
+        expect(is_whole(self.length), "length", self.length, "a whole number of at least 1")
         expect(self.encoder in ("lstm", "mlp"), "encoder", self.encoder, "'lstm' or 'mlp'")
-        whole = self.hidden is None or (type(self.hidden) is int and self.hidden >= 1)
+        whole = self.hidden is None or is_whole(self.hidden)
         expect(whole, "hidden", self.hidden, "a whole number of at least 1, or None")
 
     def parts(self, anatomy: Anatomy, saved: Mapping[str, torch.Tensor]) -> list[Part]:

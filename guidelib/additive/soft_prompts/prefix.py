@@ -25,7 +25,7 @@ from torch import nn
 from guidelib.additive.soft_prompts.prompt import Several
 from guidelib.additive.soft_prompts.reparametrized import MLP
 from guidelib.core.anatomy import ADDED, Anatomy, Attention, Body, Targets
-from guidelib.core.method import Attached, Method, expect
+from guidelib.core.method import Attached, Method, expect, is_whole
 from guidelib.core.points.context import PrefixPart
 from guidelib.core.points.part import Part
 from guidelib.core.points.passes import Call, noted, notes, remember
@@ -49,8 +49,8 @@ class PrefixTuning(Method):
     def __post_init__(self):
         for name in ("length", "tasks"):
             value = getattr(self, name)
-            expect(type(value) is int and value >= 1, name, value, "a whole number of at least 1")
-        whole = self.mlp is None or (type(self.mlp) is int and self.mlp >= 1)
+            expect(is_whole(value), name, value, "a whole number of at least 1")
+        whole = self.mlp is None or is_whole(self.mlp)
         expect(whole, "mlp", self.mlp, "a whole number of at least 1, or None")
         expect(self.mlp is None or self.tasks == 1, "mlp", self.mlp, "None for several tasks")
         self.several("attentions", "name")

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from guidelib.core.anatomy import Anatomy, Body
-from guidelib.core.method import Method, expect
+from guidelib.core.method import Method, expect, is_number, is_whole
 from guidelib.core.points.choice import Choosing
 from guidelib.core.points.context import PromptPart
 from guidelib.core.points.part import Part
@@ -47,20 +47,19 @@ class PromptTuning(Method):
     def __post_init__(self):
         for name in ("length", "tasks"):
             value = getattr(self, name)
-            expect(type(value) is int and value >= 1, name, value, "a whole number of at least 1")
+            expect(is_whole(value), name, value, "a whole number of at least 1")
         if not isinstance(self.init, str):
             several = isinstance(self.init, Iterable)
             expect(several, "init", self.init, "'vocabulary', 'random', token ids, or tuples of them")
             words = tuple(tuple(word) if isinstance(word, list | tuple) else word for word in self.init)
             object.__setattr__(self, "init", words)
             ids = [i for word in words for i in (word if isinstance(word, tuple) else (word,))]
-            right = words and () not in words and all(type(i) is int and i >= 0 for i in ids)
+            right = words and () not in words and all(is_whole(i, 0) for i in ids)
             expect(right, "init", self.init, "token ids, or tuples of them")
             expect(len(words) <= self.length, "init", self.init, f"at most {self.length} words, the length")
         else:
             expect(self.init in ("vocabulary", "random"), "init", self.init, "'vocabulary', 'random' or ids")
-        number = isinstance(self.scale, int | float) and 0 <= self.scale < float("inf")
-        expect(number, "scale", self.scale, "a number of at least 0")
+        expect(is_number(self.scale) and self.scale >= 0, "scale", self.scale, "a number of at least 0")
 
     def parts(self, anatomy: Anatomy, saved: Mapping[str, torch.Tensor]) -> list[Part]:
         body = first_body(anatomy)

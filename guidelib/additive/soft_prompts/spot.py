@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from guidelib.additive.soft_prompts.prompt import Vectors, first_body, frequent
 from guidelib.core.anatomy import Anatomy
 from guidelib.core.files import read
-from guidelib.core.method import Method, expect
+from guidelib.core.method import Method, expect, is_number, is_whole
 from guidelib.core.points.context import PromptPart
 from guidelib.core.points.part import Part
 from guidelib.core.values import has_values
@@ -38,8 +38,7 @@ class SPoT(Method):
     weights: tuple[float, ...] | None = None
 
     def __post_init__(self):
-        whole = type(self.length) is int and self.length >= 1
-        expect(whole, "length", self.length, "a whole number of at least 1")
+        expect(is_whole(self.length), "length", self.length, "a whole number of at least 1")
         paths = isinstance(self.sources, Iterable) and not isinstance(self.sources, str | bytes)
         sources = tuple(self.sources) if paths else ()
         paths = paths and all(isinstance(path, str | os.PathLike) for path in sources)
@@ -48,7 +47,7 @@ class SPoT(Method):
         if self.weights is not None:
             weights = tuple(self.weights) if isinstance(self.weights, Iterable) else ()
             right = len(weights) == len(self.sources) > 0
-            right = right and all(isinstance(w, int | float) and abs(w) < float("inf") for w in weights)
+            right = right and all(is_number(w) for w in weights)
             expect(right, "weights", self.weights, "a finite number for each of the sources, or None")
             object.__setattr__(self, "weights", weights)
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from guidelib.additive.soft_prompts.prompt import Vectors, first_body, frequent
 from guidelib.core.anatomy import Anatomy
-from guidelib.core.method import Method, expect
+from guidelib.core.method import Method, expect, is_whole
 from guidelib.core.points.context import PromptPart, text_of
 from guidelib.core.points.part import Part
 from guidelib.core.points.weight_delta import added_dtype
@@ -40,9 +40,8 @@ class WARP(Method):
     mask: int | None = None
 
     def __post_init__(self):
-        whole = type(self.length) is int and self.length >= 1
-        expect(whole, "length", self.length, "a whole number of at least 1")
-        right = self.mask is None or (type(self.mask) is int and self.mask >= 0)
+        expect(is_whole(self.length), "length", self.length, "a whole number of at least 1")
+        right = self.mask is None or is_whole(self.mask, 0)
         expect(right, "mask", self.mask, "a token's id or None")
 
     def parts(self, anatomy: Anatomy, saved: Mapping[str, torch.Tensor]) -> list[Part]:

@@ -12,7 +12,6 @@ support is dense.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -24,7 +23,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from guidelib.core.anatomy import ADDED, PLAIN, Anatomy, Targets
-from guidelib.core.method import Attached, Method, expect
+from guidelib.core.method import Attached, Method, expect, is_number
 from guidelib.core.points.part import Part, Place, where
 from guidelib.core.points.passes import Call
 from guidelib.core.points.weight_delta import added_dtype
@@ -48,7 +47,7 @@ class Selecting(Method):
     targets: Targets | None = None
 
     def __post_init__(self):
-        share = isinstance(self.keep, int | float) and 0 < self.keep <= 1
+        share = is_number(self.keep) and 0 < self.keep <= 1
         expect(share, "keep", self.keep, "a share of the entries, more than 0 and at most 1")
         if self.targets is not None:
             self.several("targets")
@@ -89,7 +88,7 @@ class Narrowing(Selecting):
 
     def __post_init__(self):
         super().__post_init__()
-        number = isinstance(self.dense_lr, int | float) and 0 < self.dense_lr < math.inf
+        number = is_number(self.dense_lr) and self.dense_lr > 0
         expect(self.dense_lr is None or number, "dense_lr", self.dense_lr, "a positive number or None")
 
     def prepare(self, attachment: Attached, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
