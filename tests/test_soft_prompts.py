@@ -831,6 +831,23 @@ def test_positions_that_run_out_while_a_text_is_written():
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, min_new_tokens=5)
 
 
+@pytest.mark.parametrize("method", [gl.PromptTuning(4), gl.LatePromptTuning(4)], ids=["prompt", "late"])
+@pytest.mark.parametrize("backbone", ["tiny-gpt2", "tiny-llama", "tiny-t5-random"])
+def test_a_cache_without_room_for_the_prompt_is_refused(backbone, method):
+    model, inputs = build(backbone), batch(backbone, padded=False)
+    del inputs["labels"]
+    randomise(gl.attach(model, method))
+    settings = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
+    if model.config.is_encoder_decoder:  # whose prompt is in the encoder, which has no cache
+        kept = model.generate(**inputs, **settings, cache_implementation="static")
+        assert torch.equal(model.generate(**inputs, **settings), kept)
+    else:
+        with pytest.raises(
+            ValueError, match="cache_implementation: .* a static cache has no room; 'dynamic'"
+        ):
+            model.generate(**inputs, **settings, cache_implementation="static")
+
+
 def test_a_random_space_is_drawn_by_the_seed_alone(monkeypatch):
     """By the CPU's generator, or d numbers in a file would mean another prompt on another device."""
     body = next(iter(Anatomy(build("tiny-bert")).bodies().values()))

@@ -74,6 +74,7 @@ class PromptPart(Part):
         if embedded is None:
             embedded = self.body.embedding(tokens)
         mask, cache = given.get("attention_mask"), cache_in(given)
+        _expect_growing(cache, self.name)
         if mask is not None and mask.dim() != 2:
             raise ValueError(
                 f"attention_mask must be (texts, tokens), ones and zeros, beside {self.name}, got shape "
@@ -199,6 +200,7 @@ class LatePart(Part):
         layer, length = self.layer + self._blocks.index(call.module), self.length
         seat = passes.notes()[self]
         states, mask, cache = given.get("hidden_states"), given.get("attention_mask"), cache_in(given)
+        _expect_growing(cache, self.name)
         new = cache is None or not cache.get_seq_length(layer)  # or the prompt is in the cache already
         if new and seat.layer in (None, layer):  # this one, when it is computed again
             seat.layer, seat.text = layer, states.shape[1]  # beside another part's prompt
@@ -400,6 +402,15 @@ def cache_in(given: dict[str, Any]) -> Any:
     """The cache among the arguments; it is called so since transformers 5.24."""
     cache = given.get("past_key_values")
     return given.get("cache") if cache is None else cache
+
+
+def _expect_growing(cache: Any, name: str) -> None:
+    """Raise ValueError for a cache that `generate` has made as long as the text, and no longer."""
+    if getattr(cache, "is_compileable", False):
+        raise ValueError(
+            f"cache_implementation: {name} joins the sequence, for which a static cache has no room; "
+            "'dynamic', transformers' default, is accepted"
+        )
 
 
 def padding(mask: torch.Tensor) -> torch.Tensor | None:
