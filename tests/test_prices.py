@@ -94,6 +94,11 @@ def test_prices_refuse(found):
         gl.survey_table("LoRA", alone, "LoRA")
 
 
+def test_what_is_counted_is_a_configuration():
+    with pytest.raises(ValueError, match="config must be a transformers configuration .*, got 'minilm'"):
+        gl.count("minilm", gl.LoRA())
+
+
 def test_latency_is_printed_in_a_live_notebook_only(capsys, monkeypatch):
     for live, lines in (("0", 0), ("1", 1)):
         monkeypatch.setenv("GUIDELIB_LIVE", live)

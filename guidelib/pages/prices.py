@@ -114,7 +114,12 @@ def token_batch(model: PreTrainedModel, rows: int, length: int) -> dict[str, tor
 
 
 def count(config: PretrainedConfig, method: Method) -> Count:
-    """The counts of ``method`` on a bare model of that configuration, made without weights: GPT-3 fits."""
+    """The counts of ``method`` on a bare model of that configuration, made without weights: GPT-3 fits.
+
+    Raises ValueError for what is no configuration, and as `attach` does.
+    """
+    right = isinstance(config, PretrainedConfig)
+    expect(right, "config", config, "a transformers configuration such as BertConfig()")
     with torch.device("meta"):
         return attach(AutoModel.from_config(config), method).count()
 
