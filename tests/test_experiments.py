@@ -462,27 +462,28 @@ def test_names_that_a_result_does_not_have():
 
 
 def stored_verdicts():
-    """The complete verdicts of the stored results."""
+    """The complete verdicts of the stored results beside LoRA, or else their first row, and its label."""
     for path in sorted(experiments.RESULTS.glob("*.json")):
         result = read(path)
         for task in result["settings"].get("tasks", ()):
-            rows = compare(result, "LoRA r=8 on q, v", task=task)
-            yield from ((result, row) for row in rows if row.difference is not None)
+            methods = result["settings"]["methods"]
+            base = "LoRA r=8 on q, v" if "LoRA r=8 on q, v" in methods else next(iter(methods))
+            rows = compare(result, base, task=task)
+            yield from ((result, base, row) for row in rows if row.difference is not None)
 
 
 def test_a_stored_verdict_again_from_the_raw_predictions():
     """Not by the paired test but by that of one sample, on the bits and not on the scores."""
-    for result, row in stored_verdicts():
-        items = result["items"][row.task]
-
+    for result, reference, row in stored_verdicts():
         if "chrf" in result["runs"][0]["test"]:
             continue  # that of a whole split is not the mean over its texts
+        items = result["items"][row.task]
 
         def each(label, lr, result=result, task=row.task, items=items):
             runs = [r for r in result["runs"] if (r["task"], r["method"], r["lr"]) == (task, label, lr)]
             return np.array([unpack(r["test"]["each"], items) for r in sorted(runs, key=lambda r: r["seed"])])
 
-        base = next(v for v in compare(result, "LoRA r=8 on q, v", task=row.task) if v.difference is None)
+        base = next(v for v in compare(result, reference, task=row.task) if v.method == reference)
         gains = (each(row.method, row.lr) - each(base.method, base.lr)).mean(1)
         test = stats.ttest_1samp(gains, 0)
         low, high = stats.t.interval(0.95, len(gains) - 1, gains.mean(), stats.sem(gains))
