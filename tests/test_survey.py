@@ -81,9 +81,6 @@ def test_a_label_stands_where_its_parts_act(label):
     assert classes(getattr(gl, label.method)()) == ("R" if label.name == "(IA)^3" else label.kind)
 
 
-NO_ROW_YET = {"SPoT", "IPT", "BitFit", "NormTuning", "FAR"}
-
-
 def compared() -> set[str]:
     """The classes of the methods that some comparison has run."""
     found = set()
@@ -99,5 +96,4 @@ def compared() -> set[str]:
 
 
 def test_every_label_has_a_row_in_a_comparison():
-    missing = {label.method for label in FIGURE} - compared()
-    assert missing == NO_ROW_YET
+    assert {label.method for label in FIGURE} <= compared()
