@@ -15,13 +15,7 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    modeling_gguf_pytorch_utils,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
 MINILM_HUB = ("sentence-transformers/all-MiniLM-L6-v2", "1110a243fdf4706b3f48f1d95db1a4f5529b4d41")
@@ -127,6 +121,8 @@ def _smollm2_source() -> Path:
 
 def _convert_smollm2(folder: Path) -> None:
     """The GGUF file as bfloat16 safetensors.  ``folder`` appears when it is complete, or not at all."""
+    from transformers import modeling_gguf_pytorch_utils  # once a machine, and not with every backbone
+
     source = _smollm2_source()
     # the one bar that does not ask transformers whether bars are wanted; a notebook would keep it
     modeling_gguf_pytorch_utils.tqdm = logging.tqdm
