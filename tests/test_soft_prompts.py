@@ -46,6 +46,15 @@ TOKENS = (7, 30, 11, 200)
 # what they are equal to
 
 
+def near(backbone):
+    """How near two runs over texts of different lengths come in 64 bits.
+
+    transformers takes the norms of LLaMA and T5 in 32 bits, where the last bit of a mean may depend on how
+    many rows there are: a processor adds several at once.
+    """
+    return 1e-6 if backbone in ("tiny-llama", "tiny-t5-random", "tiny-t5v1-random") else 1e-12
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_vectors_of_real_tokens_are_those_tokens(backbone):
     model, inputs = build(backbone), batch(backbone)
@@ -60,7 +69,7 @@ def test_vectors_of_real_tokens_are_those_tokens(backbone):
     if backbone not in SEQ2SEQ:
         expected, text = expected[:, 4:], inputs["attention_mask"].bool()
         expected, found = expected[text], found[text]
-    assert (found - expected).abs().max() < 1e-12
+    assert (found - expected).abs().max() < near(backbone)
 
 
 def keys_and_values(model, inputs):
@@ -90,7 +99,7 @@ def test_a_prefix_of_real_keys_and_values_is_those_tokens(backbone, implementati
     found = outputs(
         model, {k: inputs[k] for k in ("input_ids", "attention_mask")} | {"position_ids": positions}
     )
-    assert (found - expected)[inputs["attention_mask"].bool()].abs().max() < 1e-12
+    assert (found - expected)[inputs["attention_mask"].bool()].abs().max() < near(backbone)
 
 
 @pytest.mark.parametrize("backbone", ["tiny-bert", "tiny-gpt2", "tiny-llama", "tiny-t5-random"])
