@@ -17,6 +17,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 import guidelib as gl
+from guidelib.materials.tasks import put
 from guidelib.pages import viz
 from guidelib.pages.places import classes
 from guidelib.survey import FIGURE, Label
@@ -301,17 +302,8 @@ def draw_card(path: Path, rows: dict[str, Memory]) -> None:
 
 
 def main() -> None:
-    text = PAGE.read_text(encoding="utf-8")
     rows = measured()
-    for name, drawn in {"memory": figure(rows), "map": taxonomy()}.items():
-        start, end = f"<!-- figure: {name} -->\n", f"\n<!-- end of figure: {name} -->"
-        before, found, rest = text.partition(start)
-        if not found or end not in rest:
-            raise ValueError(
-                f"{PAGE.name} has no {start.strip()} with its end: the figure cannot be put there"
-            )
-        text = before + start + drawn + end + rest.partition(end)[2]
-    PAGE.write_text(text, encoding="utf-8")
+    put(PAGE, {"figure: memory": figure(rows), "figure: map": taxonomy()})
     (STATIC / "favicon.svg").write_text(favicon(), encoding="utf-8")
     draw_card(STATIC / "card.png", rows)
 

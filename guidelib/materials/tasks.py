@@ -9,7 +9,7 @@ import io
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -306,21 +306,28 @@ def _words(texts: Iterable[str]) -> str:
     return f"{words.mean():.1f} | {np.median(words):.0f} | {np.percentile(words, 95):.0f} | {words.max()}"
 
 
+def put(page: Path, pieces: Mapping[str, str]) -> None:
+    """Write each piece into ``page``, between the comments ``<!-- name -->`` and ``<!-- end of name -->``.
+
+    Raises ValueError if the page has not got both; it stays as it was.
+    """
+    text = page.read_text(encoding="utf-8")
+    for name, piece in pieces.items():
+        start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+        before, found, rest = text.partition(start)
+        if not found or end not in rest:
+            raise ValueError(f"page: {page} has no {start.strip()} with its end: nothing can be put there")
+        text = before + start + piece + end + rest.partition(end)[2]
+    page.write_text(text, encoding="utf-8")
+
+
 def main(pages: list[str]) -> None:
     """Write each card between its two comments in the pages; without a page, print the cards."""
+    cards = {f"card: {name}": task_card(name) for name in EXTRACTS}
     if not pages:
-        print("\n\n".join(map(task_card, EXTRACTS)))
-    for page in map(Path, pages):
-        text = page.read_text(encoding="utf-8")
-        for name in EXTRACTS:
-            start, end = f"<!-- card: {name} -->\n", f"\n<!-- end of card: {name} -->"
-            before, found, rest = text.partition(start)
-            if not found or end not in rest:
-                raise ValueError(
-                    f"pages: {page} has no {start.strip()} with its end: a card cannot be put there"
-                )
-            text = before + start + task_card(name) + end + rest.partition(end)[2]
-        page.write_text(text, encoding="utf-8")
+        print("\n\n".join(cards.values()))
+    for page in pages:
+        put(Path(page), cards)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ import matplotlib.pyplot as plt
 from guidelib.experiments import RESULTS
 from guidelib.experiments.earlier import best_rate
 from guidelib.materials.checkpoints import tiny_t5_folder
+from guidelib.materials.tasks import put
 from guidelib.pages import viz
 from guidelib.pretraining.corpus import AUSTEN, KJV, WEB, WORDNET
 
 CURVE = "tiny-t5-losses.svg"
-START, END = "<!-- card: tiny-t5 -->\n", "\n<!-- end of card: tiny-t5 -->"
 LOSSES = {
     "copy": "the text itself",
     "fill": "the text, from one with gaps",
@@ -133,11 +133,7 @@ def _cell(values) -> str:
 
 def main(page: str) -> None:
     """Write the card between its two comments in a page, and the curve beside it."""
-    text = Path(page).read_text(encoding="utf-8")
-    before, found, rest = text.partition(START)
-    if not found or END not in rest:
-        raise ValueError(f"page: {page} has no {START.strip()} with its end: the card cannot be put there")
-    Path(page).write_text(before + START + model_card() + END + rest.partition(END)[2], encoding="utf-8")
+    put(Path(page), {"card: tiny-t5": model_card()})
     draw_curve(Path(page).with_name(CURVE))
 
 
