@@ -2,19 +2,21 @@
 
 The seed draws the training items, their order and the head, so runs with equal seeds are pairs, and only the
 differences within pairs say something.  For each method there is the mean difference from the reference with
-its 95 % interval and p-value (paired t-test), and the p-values are corrected for the number of comparisons
-(Holm 1979).  The verdict is then
+its 95 % interval and p-value (paired t-test).  The verdict is then
 
-    above, below   the corrected p-value is less than 0.05
+    above, below   the p-value is less than 0.01
     equal          it is not, and the interval lies within the margin
     open           neither
     none           the best rate of one of the two was at the edge of the rates tried, or seeds are missing
+
+0.01 is 0.05 corrected for five comparisons (Bonferroni), about as many as a page makes.  Corrected for those
+that a page really makes, the same two runs would be told apart on one page and not on another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -22,7 +24,7 @@ from scipy import stats
 from guidelib.core.method import expect
 from guidelib.experiments.base import Row, preference, score
 
-LEVEL = 0.95
+LEVEL, SIGNIFICANT = 0.95, 0.01
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Verdict:
     """A method on a task beside the reference; scores in per cent, one for each seed.
 
     rates: learning rate -> mean validation score.  difference, low, high: of the paired differences, None for
-    the reference.  p: after Holm's correction.  edge: whether the best rate is the lowest or highest tried.
+    the reference.  p: of the paired t-test.  edge: whether the best rate is the lowest or highest tried.
     A rate of 0, where nothing is trained, is at none.
     """
 
@@ -71,7 +73,7 @@ def compare(
     included.
 
     reference: the label to compare with.  task: its name, the result's first one without it.  methods: the
-    labels to compare; each label counts as one comparison.  margin: in points of the score.  Raises
+    labels to compare, which the verdict on each does not depend on.  margin: in points of the score.  Raises
     ValueError for a name that the result does not have.
     """
     tasks = list(result["settings"]["tasks"])
@@ -87,32 +89,20 @@ def compare(
         return list(found.values())
     base = found[reference]
     seeds = result["settings"]["seeds"]
-    beside = [row for label, row in found.items() if label != reference and _comparable(row, base, seeds)]
-    tests = [stats.ttest_rel(row.scores, base.scores) for row in beside]
-    corrected = holm([test.pvalue for test in tests])
-    for row, test, p in zip(beside, tests, corrected, strict=True):
+    for row in found.values():
+        if row is base or not _comparable(row, base, seeds):
+            continue
+        test = stats.ttest_rel(row.scores, base.scores)
         interval = test.confidence_interval(LEVEL)
         difference = float(np.mean(np.subtract(row.scores, base.scores)))
         low, high = (float(np.nan_to_num(x, nan=difference)) for x in interval)  # nan: all pairs the same
-        verdict = "open"
-        if p < 1 - LEVEL:
+        p, verdict = float(np.nan_to_num(test.pvalue, nan=1.0)), "open"
+        if p < SIGNIFICANT:
             verdict = "above" if difference > 0 else "below"
         elif -margin <= low and high <= margin:
             verdict = "equal"
-        found[row.method] = Verdict(
-            task, row.method, row.lr, row.rates, row.scores, difference, low, high, float(p), verdict
-        )
+        found[row.method] = replace(row, difference=difference, low=low, high=high, p=p, verdict=verdict)
     return list(found.values())
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values after Holm's correction for their number: each stays comparable with the level itself."""
-    order, corrected, largest = np.argsort(p_values), np.empty(len(p_values)), 0.0
-    for rank, index in enumerate(order):
-        p = np.nan_to_num(p_values[index], nan=1.0)  # nan: all differences are 0
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p))
-        corrected[index] = largest
-    return corrected.tolist()
 
 
 def _best(result: Row, task: str, label: str) -> Verdict | None:
