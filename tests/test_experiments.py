@@ -452,7 +452,8 @@ def test_a_pair_gets_one_verdict_whoever_else_is_there_and_from_both_sides():
     for result, reference, row in stored_verdicts():
         (alone,) = (v for v in compare(result, reference, task=row.task, methods=[row.method]) if v.p)
         assert alone == row
-        back = next(v for v in compare(result, row.method, task=row.task) if v.method == reference)
+        there = compare(result, row.method, task=row.task, methods=[reference])
+        (back,) = (v for v in there if v.method == reference)
         assert back.p == pytest.approx(row.p) and back.difference == pytest.approx(-row.difference)
         assert back.verdict == mirrored.get(row.verdict, row.verdict)
 
@@ -487,7 +488,8 @@ def test_a_stored_verdict_again_from_the_raw_predictions():
             runs = [r for r in result["runs"] if (r["task"], r["method"], r["lr"]) == (task, label, lr)]
             return np.array([unpack(r["test"]["each"], items) for r in sorted(runs, key=lambda r: r["seed"])])
 
-        base = next(v for v in compare(result, reference, task=row.task) if v.method == reference)
+        pair = compare(result, reference, task=row.task, methods=[row.method])
+        (base,) = (v for v in pair if v.method == reference)
         gains = (each(row.method, row.lr) - each(base.method, base.lr)).mean(1)
         test = stats.ttest_1samp(gains, 0)
         low, high = stats.t.interval(0.95, len(gains) - 1, gains.mean(), stats.sem(gains))
