@@ -38,7 +38,7 @@ def ranks(budget, shapes):
     return {name: max([0, *(r for r in range(1, 2000) if fits(r, *way))]) for name, way in ways.items()}
 
 
-@exercise(hint="Divide a weight's entries by those of its two factors.")
+@exercise(hint="Count a weight's entries and those of its two factors. Which of them are in each file?")
 def files():
     """Counted."""
     from transformers import LlamaConfig
