@@ -3,8 +3,7 @@
 A rule takes a notebook and its path and yields one sentence per problem. tests/test_notebooks.py runs every
 rule on every notebook; tests/test_guards.py breaks a good notebook and looks whether the rule notices.
 
-The second half are the rules of the form, which CONTRIBUTING.md describes. Pages that were written before it
-may be excused from some of them: tests/not_yet.yaml lists which, and that list only shrinks.
+The second half are the rules of the form, which CONTRIBUTING.md describes.
 """
 
 import ast
@@ -43,7 +42,6 @@ TEMPLATE = ROOT / "notebooks/template.ipynb"  # to copy from; no page of the boo
 _tool = importlib.util.spec_from_file_location("notebooks_tool", ROOT / "tools/notebooks.py")
 TOOL = importlib.util.module_from_spec(_tool)
 _tool.loader.exec_module(TOOL)
-NOT_YET = yaml.safe_load((ROOT / "tests/not_yet.yaml").read_text(encoding="utf-8"))
 
 INTERACTIVE = ('<figure class="guidelib-slider"', '<figure class="guidelib-menu"')
 

@@ -100,7 +100,6 @@ def make_project(folder, names):
     (folder / "tools").mkdir()
     shutil.copy(rules.ROOT / "tools/notebooks.py", folder / "tools")
     (folder / "notebooks").mkdir()
-    (folder / "tests/not_yet.yaml").write_text("pages: []\nrules: {}\n", encoding="utf-8")
     (folder / "guidelib.py").write_text(STUB, encoding="utf-8")
     (folder / "README.md").write_text("# Tiny\n", encoding="utf-8")
     chapters = "\n".join(f"- file: notebooks/{name}" for name in names)

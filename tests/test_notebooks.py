@@ -11,18 +11,7 @@ import pytest
 @pytest.mark.parametrize("path", rules.notebooks(), ids=rules.name_of)
 def test_rule(path, rule):
     problems = list(rule(rules.read(path), path))
-    if rules.page_of(path) in rules.NOT_YET["rules"].get(rule.__name__, ()):
-        assert problems, "the page follows this rule now: take it off the list in tests/not_yet.yaml"
-    else:
-        assert not problems, "\n".join(problems)
-
-
-def test_only_pages_from_before_the_form_are_excused():
-    """Neither a new page nor another rule may enter the list, and who is through is not on it."""
-    excused = {page for pages in rules.NOT_YET["rules"].values() for page in pages}
-    assert excused == set(rules.NOT_YET["pages"])
-    assert excused <= set(map(rules.page_of, rules.notebooks()))
-    assert rules.NOT_YET["rules"].keys() <= {rule.__name__ for rule in rules.FORM}
+    assert not problems, "\n".join(problems)
 
 
 def test_every_page_of_the_table_of_contents_exists():
