@@ -52,7 +52,7 @@ LOOKS = {
     "S": 'stroke="#d55e00" stroke-dasharray="9 4"',
     "R": 'stroke="#009e73" stroke-dasharray="2 4"',
 }
-RADIUS, SIZE, GAP = 140, 15, 11  # of the circles, of the type, and between two names
+RADIUS, SIZE, GAP = 140, 14, 11  # of the circles, of the type, and between two names
 LINES = {  # the circles that a method stands in -> where its names begin, and how far apart lines are
     **dict(A=(54, 19), S=(76, 20), R=(332, 21)),
     **dict(AS=(84, 17), AR=(219, 19), SR=(240, 18), ASR=(186, 21)),
@@ -178,7 +178,7 @@ def interval(region: str, y: float) -> tuple[float, float]:
 
 def width(word: str) -> float:
     """About how wide it is, in the fonts of most systems."""
-    return SIZE * sum(0.66 if c.isupper() else 0.29 if c in "il()-t *³" else 0.55 for c in word)
+    return SIZE * sum(0.66 if c.isupper() else 0.33 if c in "il()-t *³" else 0.6 for c in word)
 
 
 def placed(region: str, labels: list[Label]) -> list[str]:
