@@ -58,6 +58,15 @@ def opened(request, browser, site):
     seen.page.evaluate(
         "() => document.querySelectorAll('details').forEach(details => { details.open = true })"
     )
+    # All names, all numbers, ... in the code of a page look alike: of each kind, one is left to look at.
+    seen.page.evaluate("""() => {
+        const kinds = new Set()
+        for (const token of document.querySelectorAll('pre span[class]')) {
+            const kind = token.className + Boolean(token.closest('.cell_output'))
+            if (kinds.has(kind)) token.replaceWith(token.textContent)
+            kinds.add(kind)
+        }
+    }""")
     yield seen
     context.close()
 
