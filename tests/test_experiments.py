@@ -497,6 +497,16 @@ def test_a_stored_verdict_again_from_the_raw_predictions():
         assert row.p == pytest.approx(test.pvalue, abs=1e-3)
 
 
+def test_the_best_runs_are_those_that_the_verdict_is_of():
+    for result, _, row in stored_verdicts():
+        runs = experiments.best_runs(result, row.method, task=row.task)
+        assert tuple(score(run) for run in sorted(runs, key=lambda run: run["seed"])) == row.scores
+    with pytest.raises(ValueError, match="method must be one of"):
+        experiments.best_runs(result, "no method")
+    first = result | {"runs": result["runs"][:1]}  # too few to choose a rate by
+    assert experiments.best_runs(first, row.method, task=row.task) == []
+
+
 @pytest.mark.parametrize("name", [p.stem for p in experiments.RESULTS.glob("*.json")])
 def test_stored_results_are_those_of_the_plan(name):
     result = load_results(name)

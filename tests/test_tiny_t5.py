@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import guidelib as gl
-from guidelib.experiments import load_results
-from guidelib.experiments.earlier import summary
+from guidelib.experiments import best_runs, load_results
 from guidelib.materials import checkpoints
 from guidelib.materials.checkpoints import TINY_T5_SHA256, tiny_t5_folder
 from guidelib.pretraining.card import CURVE, main, model_card
@@ -130,12 +129,16 @@ def test_the_facts_are_those_of_the_files(backbone):
 
 
 def test_the_stored_comparisons_say_what_the_page_says():
+    full, settings = "full fine-tuning", []
     trained, untrained = (load_results(name) for name in ("tiny-t5", "tiny-t5-untrained"))
-    assert {**trained["settings"], "backbone": ""} == {**untrained["settings"], "backbone": ""}
-    copy = trained["copy"]["test"]["chrf"]
-    (first,), (second,) = summary(trained), summary(untrained)
-    assert first["seeds"] == second["seeds"] == 3
-    assert first["mean"] - 3 * first["deviation"] > copy > 2 * second["mean"]
+    for result in (trained, untrained):
+        method = result["settings"]["methods"][full][0]
+        settings.append(result["settings"] | {"backbone": "", "methods": method})
+    assert settings[0] == settings[1]
+    runs = best_runs(trained, "no tuning"), best_runs(trained, full), best_runs(untrained, full)
+    copied, first, second = ([run["test"]["chrf"] for run in each] for each in runs)
+    assert len(copied) == len(first) == len(second) == 8
+    assert min(first) > max(copied) > 2 * max(second)
 
 
 @pytest.mark.exact_versions

@@ -14,7 +14,7 @@ from guidelib.experiments import earlier
 from guidelib.experiments.base import Experiment, Results, Row
 from guidelib.experiments.comparison import Comparison, Setting, read_plan
 from guidelib.experiments.transfer import DOMAINS, PROMPTS, Transfer
-from guidelib.experiments.verdict import Verdict, compare
+from guidelib.experiments.verdict import Verdict, best_runs, compare
 from guidelib.experiments.work import read, work
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Setting",
     "Transfer",
     "Verdict",
+    "best_runs",
     "compare",
     "earlier",
     "experiment",

@@ -61,17 +61,6 @@ def at_best_rate(result: Row, label: str) -> list[Row]:
     return [run for run in result["runs"] if (run["method"], run["lr"]) == (label, lr)]
 
 
-def summary(result: Row) -> list[Row]:
-    """A row per method: learning rate, seeds, mean and standard deviation of the test score (0 to 100)."""
-    rows = []
-    for label in result["settings"]["methods"]:
-        scores = [score(run) for run in at_best_rate(result, label)]
-        deviation = statistics.stdev(scores) if len(scores) > 1 else float("nan")
-        row = {"method": label, "lr": best_rate(result, label), "seeds": len(scores)}
-        rows.append(row | {"mean": statistics.mean(scores), "deviation": deviation})
-    return rows
-
-
 def of_domains(result: Row) -> Row:
     """The transfer between domains in the present form, for `compare`: one task, whose score is the mean over
     the domains."""

@@ -105,6 +105,13 @@ def compare(
     return list(found.values())
 
 
+def best_runs(result: Row, label: str, *, task: str | None = None) -> list[Row]:
+    """The runs of a method on a task at its best rate; none if that is not chosen yet.  Raises ValueError as
+    `compare` does."""
+    best = {(row.task, row.method, row.lr) for row in compare(result, label, task=task, methods=())}
+    return [run for run in result["runs"] if (run["task"], run["method"], run["lr"]) in best]
+
+
 def _best(result: Row, task: str, label: str) -> Verdict | None:
     """What the runs say of a method alone; None if its rate is not chosen yet."""
     settings = result["settings"]
