@@ -141,12 +141,6 @@ def test_a_finding_says_every_verdict():
         finding["sideways"]
 
 
-def test_earlier_results_are_put_together():
-    both = earlier.present(result({"a": (1, 1, 1)}), result({"b": (2, 2, 2)}))
-    assert {"a", "b", "LoRA"} == set(both["settings"]["methods"])
-    assert gl.finding(both, "LoRA", methods=["b"])["b"].difference == pytest.approx(2)
-
-
 def test_a_transfer_between_domains_is_one_task_of_their_means():
     def row(score):
         return {split: {"accuracy": score, "loss": 1.0} for split in ("validation", "test")}

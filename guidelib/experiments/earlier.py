@@ -8,9 +8,8 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 
-from guidelib.core.method import Spec, expect
+from guidelib.core.method import expect
 from guidelib.experiments.base import Row
 from guidelib.experiments.transfer import ALL, file_of
 
@@ -18,30 +17,17 @@ OWN = "its own adapter"
 
 
 def score(run: Row, split: str = "test") -> float:
-    """Accuracy in per cent, or chrF, by which these results chose."""
-    scores = run[split]
-    return 100 * scores["accuracy"] if "accuracy" in scores else scores["chrf"]
+    """Accuracy in per cent."""
+    return 100 * run[split]["accuracy"]
 
 
-def settings(result: Row) -> SimpleNamespace:
-    """The settings of a result: ``methods`` as label -> (method, rates), and the rest as it is."""
-    stored = result["settings"]
-    methods = {label: (Spec.from_json(m), rates) for label, (m, rates) in stored.get("methods", {}).items()}
-    return SimpleNamespace(**stored | {"methods": methods})
-
-
-def present(*results: Row) -> Row:
-    """Results with the same settings as one in the present form, for `compare` and what the pages show of it.
-    One seed had chosen the rates."""
-    first, runs, methods = results[0]["settings"], [], {}
-    for result in results:
-        new = (
-            result["settings"]["methods"].keys() - methods.keys()
-        )  # the first result with a method has its runs
-        methods |= {label: each for label, each in result["settings"]["methods"].items() if label in new}
-        runs += [{"task": first["task"]} | run for run in result["runs"] if run["method"] in new]
-    plan = {"tasks": {first["task"]: {}}, "methods": methods, "seeds": len(first["seeds"]), "tuning_seeds": 1}
-    return {"settings": first | plan, "runs": runs}
+def present(result: Row) -> Row:
+    """A result in the present form, for `compare` and what the pages show of it.  One seed had chosen the
+    rates."""
+    settings = result["settings"]
+    runs = [{"task": settings["task"]} | run for run in result["runs"]]
+    plan = {"tasks": {settings["task"]: {}}, "seeds": len(settings["seeds"]), "tuning_seeds": 1}
+    return {"settings": settings | plan, "runs": runs}
 
 
 def best_rate(result: Row, label: str) -> float:
