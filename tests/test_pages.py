@@ -62,7 +62,7 @@ def opened(request, browser, site):
     seen.page.evaluate("""() => {
         const kinds = new Set()
         for (const token of document.querySelectorAll('pre span[class]')) {
-            const kind = token.className + Boolean(token.closest('.cell_output'))
+            const kind = token.className + token.closest('.cell_input, .cell_output')?.className
             if (kinds.has(kind)) token.replaceWith(token.textContent)
             kinds.add(kind)
         }

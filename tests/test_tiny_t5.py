@@ -138,7 +138,7 @@ def test_the_stored_comparisons_say_what_the_page_says():
     runs = best_runs(trained, "no tuning"), best_runs(trained, full), best_runs(untrained, full)
     copied, first, second = ([run["test"]["chrf"] for run in each] for each in runs)
     assert len(copied) == len(first) == len(second) == 8
-    assert min(first) > max(copied) > 2 * max(second)
+    assert np.mean(first) - 3 * np.std(first, ddof=1) > max(copied) > 2 * max(second)
 
 
 @pytest.mark.exact_versions

@@ -10,15 +10,10 @@ from collections import defaultdict
 from pathlib import Path
 
 from guidelib.core.method import expect
-from guidelib.experiments.base import Row
+from guidelib.experiments.base import Row, score
 from guidelib.experiments.transfer import ALL, file_of
 
 OWN = "its own adapter"
-
-
-def score(run: Row, split: str = "test") -> float:
-    """Accuracy in per cent."""
-    return 100 * run[split]["accuracy"]
 
 
 def present(result: Row) -> Row:

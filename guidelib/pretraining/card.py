@@ -103,13 +103,13 @@ def draw_curve(path: Path) -> None:
 def evidence() -> list[str]:
     """What the pretraining is worth on the task `modern-bible`."""
     results = {name: load_results(name) for name in ("tiny-t5", "tiny-t5-untrained")}
-    (setting,) = experiment("tiny-t5").tasks.values()
-    seeds = results["tiny-t5"]["settings"]["seeds"]
+    plan = experiment("tiny-t5")
+    (setting,) = plan.tasks.values()
     lines = [
         "",
-        f"Fine-tuned on {setting.train:,} verses of `modern-bible`, {setting.epochs:g} epoch, with {seeds} "
-        f"seeds: mean ± standard deviation on {setting.test:,} verses of Matthew, Luke and John. The "
-        "learning rate was chosen on Mark.",
+        f"Fine-tuned on {setting.train:,} verses of `modern-bible`, {setting.epochs:g} epoch, "
+        f"with {plan.seeds} seeds: mean ± standard deviation on {setting.test:,} verses of Matthew, Luke and "
+        "John. The learning rate was chosen on Mark.",
         "",
         "| | learning rate | chrF | changed words: precision | recall | F1 | verses exactly right |",
         "|---|---:|---:|---:|---:|---:|---:|",
