@@ -20,7 +20,8 @@ from common import BACKBONES, METHOD_CASES, TWO_CLASSES, batch, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, BertForSequenceClassification, LlamaConfig, T5Config
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, BertConfig, BertForSequenceClassification, LlamaConfig, T5Config
 
 import guidelib as gl
 from guidelib.core.values import has_values
@@ -269,6 +270,44 @@ print(json.dumps([memory, costs.count.total, costs.memory.weights, costs.memory.
     assert forward - 2 * tokens * products - layers * 2 * (2 * 8 * 512**2 * d) in (0, rotary)
     # at least what attention, the gates and the loss in 32 bits need
     assert saved > layers * tokens * 2 * (4 * d + 2 * inner) + tokens * words * 4
+
+
+class _Values(TorchDispatchMode):
+    """The largest storage with values that is made, in bytes, and by what."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0, None
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor) and has_values(tensor):
+                made = tensor.untyped_storage().nbytes(), str(function)
+                self.largest = max(self.largest, made, key=operator.itemgetter(0))
+        return out
+
+
+@pytest.mark.parametrize("name", [name for names in gl.METHODS.values() for name in names])
+def test_nothing_as_large_as_a_matrix_is_made(name):
+    """So no method needs memory or time where another does not, however large the model is."""
+    d, layers = 1024, 6 if name == "AdapterDrop" else 2  # it leaves five without
+    sizes = dict(num_attention_heads=16, intermediate_size=4 * d, vocab_size=2000)
+    config = BertConfig(hidden_size=d, num_hidden_layers=layers, **sizes)
+    if name == "CrossAttentionTuning":
+        config = T5Config(d_model=d, d_ff=4 * d, num_heads=16, num_layers=layers, vocab_size=2000)
+    with _Values() as values:
+        gl.predict(config, getattr(gl, name)(), batch=1, length=16)
+    assert values.largest[0] < 4 * d * d / 2, values.largest
+
+
+def test_nor_anything_as_large_as_an_attention():
+    """T5 adds zeros for each head and each pair of tokens to its cross-attention."""
+    heads, tokens = 16, 256
+    config = T5Config(d_model=64, d_kv=4, num_heads=heads, num_layers=1, vocab_size=100)
+    with _Values() as values:
+        gl.predict(config, LORA, batch=1, length=tokens)
+    assert values.largest[0] < 4 * heads * tokens**2 / 2, values.largest
 
 
 LARGE = {

@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from guidelib.core.values import beside
+from guidelib.core.values import beside, mode_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -68,6 +68,24 @@ class LooksHold(TorchFunctionMode):
         if function is torch.Tensor.__bool__ and args[0].is_meta:
             return True
         return function(*args, **(kwargs or {}))
+
+
+class NumbersOnShapes(TorchFunctionMode):
+    """Beside weights without values, new floating-point numbers have none either: there may be one for each
+    entry of a weight or of an attention.  Whole numbers and ones keep theirs: masks are made of them, and
+    looked at."""
+
+    MAKERS = {torch.empty, torch.zeros, torch.rand, torch.randn, torch.eye}
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.mode = mode_of(model)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        floating = (kwargs.get("dtype") or torch.get_default_dtype()).is_floating_point
+        with self.mode if floating and function in self.MAKERS else nullcontext():
+            return function(*args, **kwargs)
 
 
 class MasksOnShapes(TorchFunctionMode):

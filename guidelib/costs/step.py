@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from guidelib.core.anatomy import ADDED
 from guidelib.core.values import has_values
-from guidelib.costs.shapes import LooksHold, MasksOnShapes, on_shapes
+from guidelib.costs.shapes import LooksHold, MasksOnShapes, NumbersOnShapes, on_shapes
 from guidelib.training import recompute
 
 Batch = Mapping[str, torch.Tensor]
@@ -156,7 +156,8 @@ def prepared(
     the draws of a method that needs some fixed.
     """
     inputs = _inputs(model, batch)
-    looks = LooksHold() if next(model.parameters()).is_meta else nullcontext()
+    first = next(model.parameters())
+    shapes = LooksHold() if first.is_meta else nullcontext() if has_values(first) else NumbersOnShapes(model)
     modes, switched_off = [(module, module.training) for module in model.modules()], []
     model.train(train)
     if not dropout:
@@ -166,7 +167,7 @@ def prepared(
                     switched_off.append((module, name, getattr(module, name)))
                     setattr(module, name, 0.0)
     try:
-        with torch.random.fork_rng(devices=[]), looks:
+        with torch.random.fork_rng(devices=[]), shapes:
             torch.default_generator.manual_seed(0)
             yield inputs
     finally:

@@ -163,7 +163,8 @@ class IPT(Method):
 
     def drawn(self, body: Body) -> dict[str, torch.Tensor]:
         """A random decoder around a prompt of frequent tokens, the same one on every device."""
-        drawn = {"generator": torch.Generator().manual_seed(self.seed), "device": "cpu"}
+        where = "meta" if body.embedding.weight.is_meta else "cpu"
+        drawn = {"generator": torch.Generator().manual_seed(self.seed), "device": where}
         W_1 = torch.randn(self.hidden, self.d, dtype=torch.float32, **drawn) / self.d**0.5
         shape = (self.length * body.width, self.hidden)
         W_2 = torch.randn(*shape, dtype=torch.float32, **drawn) / self.hidden**0.5
