@@ -362,6 +362,6 @@ def _entries(left: torch.Tensor, right: torch.Tensor, indices: torch.Tensor) -> 
     columns."""
     rows, columns = indices // right.shape[1], indices % right.shape[1]
     left, right = left.t().contiguous(), right.t().contiguous()
-    n = max(1, GATHERED // max(left.shape[1], 1))
+    n = len(rows) if left.is_meta else max(1, GATHERED // max(left.shape[1], 1))  # shapes take no memory
     pairs = zip(rows.split(n), columns.split(n), strict=True)
     return torch.cat([(left.index_select(0, i) * right.index_select(0, j)).sum(1) for i, j in pairs])
