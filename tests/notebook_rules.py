@@ -384,6 +384,7 @@ OF_NO_METHOD = (
     "additive/soft_prompts",
     "selective/which_entries",
     "hybrid/more_than_parts",
+    "survey/",
 )
 LINES, LINES_OF_CELL, COLUMNS, TRUTHS, WORDS, WORDS_OF_FOUNDATIONS = 220, 25, 88, 8, 1700, 2300
 
