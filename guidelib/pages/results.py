@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.figure import Figure
 
 from guidelib.core.method import expect
@@ -33,7 +34,7 @@ def verdict_table(verdicts: Sequence[Verdict], *, caption: str = "") -> Output:
 def _row(v: Verdict) -> dict[str, str | int]:
     return {
         "method": v.method,
-        "rate": f"{v.lr:g}{'*' if v.edge else ''}",
+        "rate": np.format_float_positional(v.lr, trim="-") + "*" * v.edge,
         "seeds": len(v.scores),
         "test score": f"{v.mean:.1f} ± {v.deviation:.1f}",
         "difference": _difference(v),
