@@ -1,6 +1,6 @@
-"""Reading results that were made before the present plans: one seed chose the rate, nothing was packed.
+"""Reading the transfer between domains as it was made before the present plan: one seed chose the rate.
 
-The pages read them until the runs of the present plans are in; then this file and those results go.
+The page on fusion reads it until the runs of the present plan are in; then this file and that result go.
 """
 
 from __future__ import annotations
@@ -14,15 +14,6 @@ from guidelib.experiments.base import Row, score
 from guidelib.experiments.transfer import ALL, file_of
 
 OWN = "its own adapter"
-
-
-def present(result: Row) -> Row:
-    """A result in the present form, for `compare` and what the pages show of it.  One seed had chosen the
-    rates."""
-    settings = result["settings"]
-    runs = [{"task": settings["task"]} | run for run in result["runs"]]
-    plan = {"tasks": {settings["task"]: {}}, "seeds": len(settings["seeds"]), "tuning_seeds": 1}
-    return {"settings": settings | plan, "runs": runs}
 
 
 def best_rate(result: Row, label: str) -> float:
