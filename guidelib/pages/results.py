@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from guidelib.core.method import expect
@@ -63,28 +64,33 @@ def verdict_figure(verdicts: Sequence[Verdict], *, margin: float = 1.0) -> Figur
     expect(bool(rows), "verdicts", verdicts, "at least one with a difference from the reference")
     with style():
         figure, ax = plt.subplots(figsize=(5.6, 1.2 + 0.32 * len(rows)))
-        ax.axvspan(-margin, margin, color="#EEEEEE", zorder=0)
-        ax.axvline(0, color=COLOURS["head"], linewidth=1)
-        for verdict, (colour, marker) in _LOOKS.items():
-            at = [(i, v) for i, v in enumerate(rows) if v.verdict == verdict]
-            if at:
-                middle = [v.difference for _, v in at]
-                ends = [[v.difference - v.low for _, v in at], [v.high - v.difference for _, v in at]]
-                ax.errorbar(
-                    *(middle, [i for i, _ in at]),
-                    xerr=ends,
-                    fmt=marker,
-                    color=colour,
-                    linewidth=1.5,
-                    capsize=3,
-                    label=verdict,
-                )
-        ax.set_yticks(range(len(rows)), [v.method for v in rows])
-        ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel="points of test score from the reference")
-        ax.grid(axis="y", visible=False)
+        draw_verdicts(ax, rows, margin=margin)
         figure.legend(loc="outside upper center", ncols=4)
         plt.close(figure)
     return figure
+
+
+def draw_verdicts(ax: Axes, rows: Sequence[Verdict], *, margin: float = 1.0) -> None:
+    """What `verdict_figure` draws, on ``ax`` and without its legend.  Each of the rows has a difference."""
+    ax.axvspan(-margin, margin, color="#EEEEEE", zorder=0)
+    ax.axvline(0, color=COLOURS["head"], linewidth=1)
+    for verdict, (colour, marker) in _LOOKS.items():
+        at = [(i, v) for i, v in enumerate(rows) if v.verdict == verdict]
+        if at:
+            middle = [v.difference for _, v in at]
+            ends = [[v.difference - v.low for _, v in at], [v.high - v.difference for _, v in at]]
+            ax.errorbar(
+                *(middle, [i for i, _ in at]),
+                xerr=ends,
+                fmt=marker,
+                color=colour,
+                linewidth=1.5,
+                capsize=3,
+                label=verdict,
+            )
+    ax.set_yticks(range(len(rows)), [v.method for v in rows])
+    ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel="points of test score from the reference")
+    ax.grid(axis="y", visible=False)
 
 
 def rate_figure(verdicts: Sequence[Verdict]) -> Figure:
