@@ -60,8 +60,9 @@ class CostTable(Output):
             rows = [{"": name} | {each["method"]: each[name] for each in rows} for name in names]
         sizes = " or ".join(map(str, batches))
         caption = (
-            f"Parameters; memory in MiB of one training step on {sizes} texts of {length} tokens, where "
-            "activations are those that autograd saves; operations of one forward pass. In brackets: of full."
+            f"Parameters; memory in MiB and GFLOPs of one training step on {sizes} texts of {length} tokens, "
+            "where activations are those that autograd saves; operations of one forward pass. In brackets: "
+            "of full."
         )
         if self.exact:
             caption += " Activations and FLOPs are exactly what the sizes alone predict."

@@ -97,7 +97,7 @@ class AdaLoRA(WeightDelta):
     def after_step(self, attachment, step, total, optimizer):
         deltas = [part.delta for part in attachment.parts_of(self)]
         start, stop = self._falling(total)
-        if step < stop:  # then the scores stand still, and with them the ranks
+        if step < stop:  # from stop on the scores stand still, and with them the ranks
             for delta in deltas:
                 delta.remember(self.beta1, self.beta2)
         if step >= stop or (step > start and step % self.interval == 0):
