@@ -1,7 +1,8 @@
 # Two commands are all you need: "make book" and "make test". Each sets up its own environment in .venv first.
 
 PYTHON ?= python3
-CHROMIUM ?= $(firstword $(shell command -v chromium chromium-browser google-chrome google-chrome-stable 2>/dev/null))
+BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
+CHROMIUM ?= $(firstword $(foreach name,$(BROWSERS),$(shell command -v $(name) 2>/dev/null)))
 # Where to take PyTorch from instead of the default index, for example https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 

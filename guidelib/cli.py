@@ -18,7 +18,7 @@ def _in_a_sentence() -> Iterator[None]:
     """What the library refuses, or could not do, without a traceback."""
     try:
         yield
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError, OverflowError) as error:
         raise typer.BadParameter(str(error)) from None
 
 
@@ -83,14 +83,15 @@ def benchmark(pairs: Annotated[int, typer.Option(help="turns to take", min=6)] =
     ratios, with their 95 % intervals."""
     from guidelib.costs.benchmark import kept_ratio, latency_ratios, step_ratios
 
-    typer.echo("a training step, 16 x 64 tokens, of full fine-tuning")
-    for label, ratio in step_ratios(pairs=pairs).items():
-        typer.echo(f"  {label:26s} {ratio}")
-    typer.echo("a forward pass, 1 x 16 tokens, of the base     attached              merged")
-    for label, (attached, merged) in latency_ratios(pairs=4 * pairs).items():
-        typer.echo(f"  {label:44s} {attached}     {merged or 'cannot be merged'}")
-    typer.echo("five epochs of LST that run the frozen model each time, over five that keep its states")
-    typer.echo(f"  {kept_ratio()}")
+    with _in_a_sentence():
+        typer.echo("a training step, 16 x 64 tokens, of full fine-tuning")
+        for label, ratio in step_ratios(pairs=pairs).items():
+            typer.echo(f"  {label:26s} {ratio}")
+        typer.echo("a forward pass, 1 x 16 tokens, of the base     attached              merged")
+        for label, (attached, merged) in latency_ratios(pairs=4 * pairs).items():
+            typer.echo(f"  {label:44s} {attached}     {merged or 'cannot be merged'}")
+        typer.echo("five epochs of LST that run the frozen model each time, over five that keep its states")
+        typer.echo(f"  {kept_ratio()}")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from guidelib.core.method import expect
 class Row:
     """One method.  kind: A additive, S selective, R reparametrisation-based, or several of them.
 
-    storage, memory: more efficient than full fine-tuning, "yes", "no" or "maybe".  backprop: whether
-    backpropagation gets cheaper.  overhead: what is added at inference.  trainable, changed: percent of the
-    parameters as the survey prints them, None where Table 2 leaves the method out.
+    storage, memory: more efficient than full fine-tuning, "yes", "no", "maybe" or "no (footnote)".  backprop:
+    whether backpropagation gets cheaper.  overhead: what is added at inference.  trainable, changed: percent
+    of the parameters as the survey prints them, None where Table 2 leaves the method out, and in the second
+    version.
     """
 
     method: str
@@ -82,7 +83,8 @@ TABLE_2: tuple[Row, ...] = tuple(
 
 
 def row(method: str, version: int = 1) -> Row:
-    """The survey's row of a method, by the name that it prints, in its first or second version.
+    """The survey's row of a method, by the name that it prints (LoRA as its paper has it), in its first or
+    second version.
 
     Raises ValueError for another name or version.
     """

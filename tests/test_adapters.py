@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_attachment import contents, store
 from test_lora import BERT_BASE, GPT3, T0_3B, T5_BASE
 from test_training import QUICK, TASK, TOKENIZER
-from transformers import AutoConfig, AutoModel, BertConfig, BertModel
+from transformers import AutoConfig, AutoModel, BertConfig, BertForTokenClassification, BertModel
 
 import guidelib as gl
 from guidelib.additive.adapters.adamix import Experts, disagreement
@@ -830,3 +830,25 @@ def test_another_factory_makes_the_same_adapters_of_shared_maps():
 def test_what_the_maps_are_made_of_goes_into_the_file():
     method = gl.Adapter(linear=gl.Dense("bert"))
     assert Spec.from_json(json.loads(json.dumps(method.to_json()))) == method != gl.Adapter()
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_two_passes_agree_where_an_encoder_has_a_label(place):
+    model, inputs = build("tiny-bert"), batch("tiny-bert")
+    config = model.config
+    config.num_labels = 3
+    tagger = BertForTokenClassification(config).double().eval()
+    attachment = gl.attach(tagger, gl.AdaMix(r=4))
+    randomise(attachment)
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, place] = 1
+    inputs = {"input_ids": inputs["input_ids"], "labels": labels}
+    torch.manual_seed(0)
+    first = tagger(**inputs)
+    found = attachment.method.batch_loss(attachment, inputs, first)
+    torch.manual_seed(0)
+    tagger(**inputs)
+    second = tagger(**inputs)
+    pairs = zip(first.logits[:, place], second.logits[:, place], strict=True)
+    wanted = torch.stack([disagreement(a, b) for a, b in pairs]).mean()
+    assert float(found.detach()) == pytest.approx(float(wanted.detach()), abs=1e-12)

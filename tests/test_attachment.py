@@ -886,3 +886,65 @@ def test_a_layer_that_is_not_plain_is_no_damaged_file(tmp_path):
     layer.forward = lambda x: type(layer).forward(layer, x)
     with pytest.raises(ValueError, match="'dora.safetensors' does not fit: .* whose forward was replaced"):
         gl.load(model, path)
+
+
+def test_a_head_that_was_taken_out_is_noticed_and_the_rest_given_back():
+    model = build("tiny-bert")
+    snapshot = {name: p.clone() for name, p in model.named_parameters() if "classifier" not in name}
+    attachment = gl.attach(model, gl.LoRA(r=2))
+    randomise(attachment)
+    model.classifier = torch.nn.Identity()
+    for action in (attachment.count, attachment.merge, attachment.check):
+        with pytest.raises(ValueError, match=r"classifier.weight was resized or replaced .* by nothing"):
+            action()
+    attachment.detach()
+    now = dict(model.named_parameters())
+    assert now.keys() == snapshot.keys() and all(torch.equal(now[n], p) for n, p in snapshot.items())
+    assert all(p.requires_grad for p in now.values())
+
+
+def test_an_attachment_that_has_ended_says_nothing_of_the_next_one():
+    model = build("tiny-bert")
+    ended = gl.attach(model, gl.LoRA(r=2))
+    ended.detach()
+    gl.attach(model, gl.Adapter(r=2))
+    for look in ("parts", "mergeable", "state", "count"):
+        with pytest.raises(ValueError, match="this attachment has ended"):
+            getattr(ended, look)()
+
+
+def test_what_is_merged_for_good_keeps_no_copies():
+    attachment = gl.attach(build("tiny-bert"), gl.LoRA(r=2))
+    attachment.merge(permanent=True)
+    assert not attachment._kept and not attachment._originals
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_what_two_methods_change_in_a_fused_layer_counts_once(keep):
+    model = build("tiny-gpt2")
+    lora, mask = gl.LoRA(r=2, targets=("q", "k", "v")), gl.FishMask(keep=keep, targets=("q", "k", "v"))
+    alone = gl.attach(model, lora).count().changed
+    gl.attached(model).detach()
+    both = gl.attach(model, mask + lora)
+    (sparse,) = both.parts_of(both.method.methods[0])
+    weights = sum(int(size) for size in sparse.sizes[::2])  # of each layer the weight comes first
+    assert both.count().changed == alone + len(sparse.values) - weights
+
+
+def test_a_file_says_what_was_drawn(tmp_path):
+    config = BertConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    config.intermediate_size = 64
+    BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "bare")
+    base = BertModel.from_pretrained(tmp_path / "bare").double()  # its pooler is drawn
+    ids = torch.arange(2, 20).view(2, 9)
+    projected = (gl.IntrinsicSAID(d=64, scales=False), gl.IntrinsicSAID(d=64))
+    for method in (*projected, gl.FishMask(keep=0.1), gl.LoRA(r=2)):
+        attachment = gl.attach(base, method)
+        assert {"pooler.dense.weight", "pooler.dense.bias"} <= attachment.state().keys()
+        randomise(attachment)
+        path, wanted = attachment.save(tmp_path / "file.safetensors"), base(ids).pooler_output
+        attachment.detach()
+        copied = copy.deepcopy(base)  # which no longer knows
+        assert not Anatomy(copied).drawn
+        gl.load(copied, path)
+        assert torch.equal(copied(ids).pooler_output, wanted)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import guidelib as gl
 from guidelib.materials import checkpoints
-from guidelib.materials.backbones import _NAMED, MeanPoolClassifier, load_backbone
+from guidelib.materials.backbones import _NAMED, MeanPoolClassifier, blank_backbone, load_backbone
 from guidelib.materials.checkpoints import MINILM_HUB, MINILM_SHA256, SMOLLM2_GGUF, minilm_folder
 from guidelib.materials.configs import TINY
 from guidelib.materials.tasks import load_task
@@ -508,3 +508,31 @@ def test_an_id_offline_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="^name: 'owner/name' could not be loaded .*offline, these can: minilm"):
         load_backbone("owner/name")
+
+
+def test_a_head_and_a_collator_agree_on_padding(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=384, pad_token_id=2, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "o" / "p")
+    transformers.ByT5Tokenizer().save_pretrained(tmp_path / "o" / "p")
+    task = gl.Task("two", "classification", ("no", "yes"), None, None, None)
+    model, tokenizer = gl.load_backbone(f"{tmp_path}/o/p", task)
+    texts = ["a", "a longer text"]
+    both = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+    assert torch.allclose(both[0], model(**tokenizer(texts[:1], return_tensors="pt")).logits[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(dict(dtype="bfloat16"), "dtype: got 'bfloat16'"), (dict(seed="a"), "seed: got 'a'")],
+)
+def test_a_type_or_seed_that_is_none_is_refused(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        gl.load_backbone("tiny-bert", **arguments)
+
+
+def test_a_decoder_without_a_classifier_is_refused_in_a_sentence():
+    config = transformers.GraniteConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1)
+    task = gl.Task("two", "classification", ("no", "yes"), None, None, None)
+    with pytest.raises(NotImplementedError, match="transformers has no classifier for granite"):
+        blank_backbone(config, task)

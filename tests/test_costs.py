@@ -464,10 +464,13 @@ def test_mixed_precision_takes_sixteen_bytes_a_parameter():
 
 
 BAD_PLANS = [
-    (dict(parameters=0, trainable=0), "parameters must be positive, got 0"),
-    (dict(parameters=-1, trainable=0), "parameters must be positive, got -1"),
-    (dict(parameters=1, trainable=-1), "trainable must be at least 0, got -1"),
-    (dict(parameters=1, trainable=1, activations=-5), "activations must be at least 0, got -5"),
+    (dict(parameters=0, trainable=0), "parameters must be a whole number of at least 1, got 0"),
+    (dict(parameters=-1, trainable=0), "parameters must be a whole number of at least 1, got -1"),
+    (dict(parameters=1, trainable=-1), "trainable must be a whole number of at least 0, got -1"),
+    (
+        dict(parameters=1, trainable=1, activations=-5),
+        "activations must be a whole number of at least 0, got -5",
+    ),
     (
         dict(parameters=1, trainable=1, precision="int4"),
         "precision must be one of fp32, mixed, bf16, got 'int4'",
@@ -546,3 +549,93 @@ def test_operations_are_those_of_a_real_backward_pass():
     model.enable_input_require_grads()
     _, whole = costs.flops(model, inputs)
     assert plain < 100_000 < whole
+
+
+@pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-llama"])
+def test_a_batch_without_a_mask_is_measured(name):
+    model = build(name)
+    gl.attach(model, gl.LoRA(r=2))
+    ids = batch(name)["input_ids"]
+    found = gl.measure(model, {"input_ids": ids, "labels": ids})
+    assert found.predicted == costs.step.count_step(model, {"input_ids": ids, "labels": ids})
+
+
+def test_bart_in_float16_looks_at_its_states():
+    method = gl.LoRA(r=2)
+    predicted = gl.predict("tiny-bart", method, batch=3, length=9, dtype=torch.float16)
+    model = build("tiny-bart", dtype=torch.float16)
+    gl.attach(model, method)
+    ids = torch.ones(3, 9, dtype=torch.long)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    assert costs.saved_bytes(model, inputs) == predicted.saved_bytes
+
+
+def test_no_layer_is_left_out_by_chance():
+    model, inputs = build("tiny-bart"), batch("tiny-bart")
+    gl.attach(model, gl.LoRA(r=2))
+    whole = costs.flops(model, inputs), costs.saved_bytes(model, inputs)
+    model.model.encoder.layerdrop = 0.9
+    assert (costs.flops(model, inputs), costs.saved_bytes(model, inputs)) == whole
+    assert model.model.encoder.layerdrop == 0.9
+
+
+def test_measuring_does_not_depend_on_the_callers_gradients():
+    model, inputs = build("tiny-bert"), batch("tiny-bert")
+    gl.attach(model, gl.LoRA(r=2))
+    wanted = gl.measure(model, inputs)
+    with torch.no_grad():
+        assert gl.measure(model, inputs) == wanted
+
+
+def test_an_interrupted_preparation_gives_the_modes_back(monkeypatch):
+    model, inputs = build("tiny-bert"), batch("tiny-bert")
+    gl.attach(model, gl.LoRA(r=2))
+    dropouts = [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    before = [(m.training, m.p) for m in dropouts]
+    train = type(model).train
+
+    def interrupted(self, mode=True):
+        train(self, mode)
+        dropouts[0].p = 0.0
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(model), "train", interrupted)
+    was = dropouts[0].p
+    with pytest.raises(KeyboardInterrupt):
+        costs.saved_bytes(model, inputs)
+    dropouts[0].p = was
+    assert [(m.training, m.p) for m in dropouts] == before
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "words"),
+    [
+        ("tiny-bert", {}, "model must be a transformers model"),
+        (None, torch.ones(2, 3), "batch must be a mapping of names to tensors"),
+        (None, {"output_hidden_states": True}, "batch must be a mapping of names to tensors"),
+    ],
+)
+def test_what_is_no_model_or_batch_is_refused(model, given, words):
+    with pytest.raises(ValueError, match=words):
+        gl.measure(model or build("tiny-bert"), given)
+
+
+def test_the_positions_that_a_model_counts_from_are_not_room():
+    with pytest.raises(ValueError, match="length must be at most 256, the positions of the encoder, got 257"):
+        gl.predict("tiny-roberta", gl.LoRA(r=2), batch=1, length=257)
+
+
+@pytest.mark.parametrize("change", ["eager", "gelu_new", "float mask", "position_ids"])
+def test_where_the_closed_form_does_not_hold_there_is_none(change):
+    model, inputs = build("tiny-bert"), batch("tiny-bert")
+    gl.attach(model, gl.LoRA(r=2))
+    assert closed_form.predict(model, inputs) is not None
+    if change == "eager":
+        model.set_attn_implementation("eager")
+    elif change == "gelu_new":
+        model.config.hidden_act = "gelu_new"
+    elif change == "float mask":
+        inputs["attention_mask"] = inputs["attention_mask"].float()
+    else:
+        inputs["position_ids"] = torch.arange(9).expand(3, -1)
+    assert closed_form.predict(model, inputs) is None

@@ -1,4 +1,4 @@
-"""check(): right, wrong and unanswered in one line, whatever a reader writes."""
+"""Right, wrong and unanswered in one line, whatever a reader writes."""
 
 import decimal
 import fractions
@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from guidelib.pages import exercises
-from guidelib.pages.exercises import check
+from guidelib.pages.exercises import check, compare
 
 
 @pytest.fixture
 def told(capsys):
-    """Calls check and gives back the one line that it printed."""
+    """Calls compare and gives back the one line that it printed."""
 
     def tell(*arguments, **options):
-        assert check(*arguments, **options) is None
+        assert compare(*arguments, **options) is None
         out = capsys.readouterr().out
         assert out.endswith("\n") and out.count("\n") == 1, out
         return out.strip()
@@ -265,7 +265,7 @@ def test_long_and_broken_messages_stay_one_line(told):
 )
 def test_the_authors_mistakes_raise(arguments, options, words):
     with pytest.raises(ValueError, match=words):
-        check(*arguments, **options)
+        compare(*arguments, **options)
 
 
 def test_tolerance(told):
@@ -276,8 +276,8 @@ def test_tolerance(told):
 
 def test_torch_is_not_imported():
     code = (
-        "import sys; from guidelib.pages.exercises import check; "
-        "check([1.5], [2]); print('torch' in sys.modules)"
+        "import sys; from guidelib.pages.exercises import compare; "
+        "compare([1.5], [2]); print('torch' in sys.modules)"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=True
@@ -343,11 +343,11 @@ def test_a_value_is_computed_once_and_when_it_is_asked_for(stored, capsys):
     assert capsys.readouterr().out.count("computed") == 1
 
 
-@pytest.mark.parametrize("name", ["page.nothing", "nowhere.number", "page.exercise"])
+@pytest.mark.parametrize("name", ["page.nothing", "nowhere.number", "page.exercise", "number", 5])
 def test_an_exercise_that_is_not_stored_is_refused(stored, name):
-    with pytest.raises(ValueError, match=f"not '{name}'"):
+    with pytest.raises(ValueError, match=f"not {name!r}"):
         check(name, 1)
-    with pytest.raises(ValueError, match=f"not '{name}'"):
+    with pytest.raises(ValueError, match=f"not {name!r}"):
         exercises.hint(name)
 
 
@@ -381,7 +381,9 @@ def test_the_pages_ask_what_is_stored():
 
 @pytest.mark.parametrize("name", STORED)
 def test_what_is_stored_is_right_by_its_own_measure(name, capsys):
-    found = exercises.exercises(name.split(".")[0])[name]
+    found, state = exercises.exercises(name.split(".")[0])[name], torch.get_rng_state()
+    check(name, ...)
+    assert capsys.readouterr().out.startswith("○") and torch.equal(torch.get_rng_state(), state)
     check(name, found.reference() if found.inputs is None else found.reference)
     assert capsys.readouterr().out == "✓ Right.\n"
     assert len(found.hint.split()) > 3 and found.hint.endswith((".", "?"))

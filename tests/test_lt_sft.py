@@ -288,3 +288,19 @@ def test_deltas_of_diff_pruning_act_when_they_are_loaded(tmp_path):
     gl.load_deltas(fresh, [path])
     torch.testing.assert_close(outputs(fresh, inputs), expected)
     assert not torch.equal(expected, outputs(build("tiny-bert"), inputs))
+
+
+def test_files_that_train_the_same_norms_are_not_added_up(tmp_path):
+    paths = []
+    for seed in (0, 1):
+        attachment = gl.attach(build("tiny-bert"), gl.FishMask(keep=0.1), also="norms")
+        with torch.no_grad():
+            for name, tensor in attachment.state().items():
+                if "LayerNorm.weight" in name:
+                    tensor.add_(seed)
+        paths.append(attachment.save(tmp_path / f"{seed}.safetensors"))
+    model = build("tiny-bert")
+    with pytest.raises(ValueError, match="paths must be files that agree on that, got .*in place"):
+        gl.load_deltas(model, paths)
+    assert not hasattr(model, "guidelib")
+    assert gl.load_deltas(model, [paths[0], paths[0]]).parts

@@ -537,3 +537,18 @@ def test_putting_a_small_update_back_into_four_bits_loses_it():
         again = Quantized(base + scaled).dequantize() - base
         stays.append(float((again * scaled).sum() / scaled.square().sum()))  # the share along the update
     assert stays[0] < 0.1 and stays[1] > 0.9
+
+
+def test_no_scale_is_below_zero_beside_an_outlier():
+    torch.manual_seed(0)
+    weight = torch.randn(64, 256) * 0.02
+    weight[0] *= 280
+    assert (Quantized(weight).dequantize() * weight >= 0).all()
+
+
+def test_a_weight_that_is_not_finite_is_named():
+    model = build("tiny-bert")
+    with torch.no_grad():
+        model.encoder.encoder.layer[1].output.dense.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"model: encoder.1.ffn.out: weight must be finite"):
+        gl.attach(model, gl.QLoRA(r=2))

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import guidelib as gl
-from guidelib.experiments import earlier
 from guidelib.pages import prices
 
 METHODS = {
@@ -81,9 +80,9 @@ def test_the_survey_s_rows_stand_beside(found):
 
 
 def test_prices_refuse(found):
-    with pytest.raises(ValueError, match="methods must be at least one"):
+    with pytest.raises(ValueError, match="methods must be a mapping of labels"):
         gl.cost_table({})
-    with pytest.raises(ValueError, match="batches must be whole numbers"):
+    with pytest.raises(ValueError, match="batches, length must be whole numbers"):
         gl.cost_table(METHODS, batches=(0,))
     with pytest.raises(ValueError, match="label must be one of full, head, LoRA, adapter, got 'LORA'"):
         found["LORA"]
@@ -142,23 +141,6 @@ def test_a_finding_says_every_verdict():
         finding["sideways"]
 
 
-def test_a_transfer_between_domains_is_one_task_of_their_means():
-    def row(score):
-        return {split: {"accuracy": score, "loss": 1.0} for split in ("validation", "test")}
-
-    runs = []
-    for seed in (0, 1):
-        key = {"lr": 1, "seed": seed}
-        runs += [{"method": "own", "domain": name} | key | row(s) for name, s in (("a", 0.5), ("b", 0.7))]
-        across = {"a": row(0.6), "b": row(0.9)}
-        runs.append({"method": "pooled", "domain": "all", "across": across} | key | row(0.1))
-    settings = {"domains": ["a", "b"], "seeds": [0, 1], "ways": {"own": {}, "pooled": {}}}
-    one = earlier.of_domains({"settings": settings, "runs": runs})
-    assert len(one["runs"]) == 4
-    means = {verdict.method: verdict.mean for verdict in gl.finding(one, "own").verdicts}
-    assert means == {"own": pytest.approx(60), "pooled": pytest.approx(75)}
-
-
 def test_a_recording_looks_after_each_step():
     weight = torch.nn.Parameter(torch.zeros(()))
     optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -172,3 +154,25 @@ def test_a_recording_looks_after_each_step():
         raise ZeroDivisionError
     optimizer.step()
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: gl.place(gl.LoRA), "method must be a method such as LoRA"),
+        (lambda: gl.cost_table(gl.LoRA()), "methods must be a mapping of labels to methods"),
+        (lambda: gl.cost_table({"a": gl.LoRA()}, batches=8), "batches, length must be whole numbers"),
+        (
+            lambda: gl.cost_table({"a": gl.LoRA()}, backbone="tiny-bert", length=400),
+            "length must be at most 256",
+        ),
+        (lambda: gl.finding("minilm", "LoRA"), "result must be a stored result"),
+        (
+            lambda: gl.Diagram(9, 9, alt="A line, and no more.", caption="A line.").line((0, 0), kind="x"),
+            "kind must be one of",
+        ),
+    ],
+)
+def test_a_wrong_kind_of_argument_is_named(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()

@@ -387,3 +387,32 @@ def test_impossible_values_are_refused(arguments, message):
     with pytest.raises(ValueError) as error:
         gl.ReLoRA(**arguments)
     assert message in str(error.value)
+
+
+def test_a_further_training_draws_other_directions():
+    model, inputs = build("tiny-bert", dtype=torch.float64), batch("tiny-bert")
+    attachment = gl.attach(model, gl.ReLoRA(r=2, restarts=1))
+    drawn = []
+    for _ in range(2):
+        train(model, 2, 4, inputs=inputs)  # the restart is behind the second step
+        drawn.append(attachment.parts[0].delta.A.detach().clone())
+        attachment.method.finish(attachment)
+    assert not torch.equal(*drawn)
+
+
+def test_an_interrupted_restart_does_not_count_an_update_twice(monkeypatch):
+    model, inputs = build("tiny-bert"), batch("tiny-bert")
+    attachment = gl.attach(model, gl.ReLoRA(r=2, restarts=1))
+    randomise(attachment)
+    wanted, calls = outputs(model, inputs), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", interrupted)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with pytest.raises(KeyboardInterrupt):
+        attachment.method.after_step(attachment, 2, 4, optimizer)
+    assert (outputs(model, inputs) - wanted).abs().max() < 1e-9

@@ -24,6 +24,7 @@ import guidelib as gl
 from guidelib.additive.other import narrow
 from guidelib.core.anatomy import Anatomy, sites_in
 from guidelib.core.points.side import SidePart
+from guidelib.reparametrization import nf4
 
 METHODS = {
     "lst": gl.LST(reduction=4),
@@ -543,3 +544,22 @@ def test_each_module_gets_back_the_mode_that_it_was_put_in():
     model.eval()
     attachment.detach()
     assert not any(m.training for m in model.modules())
+
+
+def test_the_backbone_rests_also_where_it_alone_is_put_in_training_mode():
+    model, inputs = build("tiny-bert", dtype=torch.float32), batch("tiny-bert")
+    attachment = gl.attach(model, gl.AttentionFusion())
+    wanted = outputs(model, inputs)
+    model.base_model.train()
+    assert torch.equal(outputs(model, inputs), wanted)
+    attachment.detach()
+    assert all(module.training for module in model.base_model.encoder.modules())
+
+
+def test_weights_that_were_released_choose_nothing():
+    for method, phase in ((gl.LeTS(keep=0.02), "prepare"), (gl.LST(4, init="fisher"), "prepare")):
+        model, inputs = build("tiny-llama"), batch("tiny-llama")
+        attachment = gl.attach(model, gl.NF4() + method)
+        nf4.release(model)
+        with pytest.raises(ValueError, match="model must be one that has them; release"):
+            getattr(attachment.method, phase)(attachment, [inputs])

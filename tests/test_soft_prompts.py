@@ -27,11 +27,16 @@ from transformers import (
     BertModel,
     ElectraConfig,
     ElectraModel,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
     StaticCache,
     T5Config,
+    T5ForTokenClassification,
 )
 
 import guidelib as gl
@@ -905,3 +910,91 @@ def test_a_space_is_written_whole_or_not_at_all(tmp_path):
 def test_arguments_of_the_wrong_type_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_late_prompt_is_trained_under_reentrant_checkpointing():
+    for name in ("tiny-bert", "tiny-llama", "tiny-t5-random"):
+        model, inputs = build(name), batch(name)
+        attachment = gl.attach(model, gl.LatePromptTuning(3, layer=1))
+        model.train()(**inputs).loss.backward()
+        (prompt,) = attachment.parts[0].prompt.parameters()
+        wanted, prompt.grad = prompt.grad, None
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.enable_input_require_grads()
+        model(**inputs).loss.backward()
+        assert prompt.grad is not None and prompt.grad.shape == wanted.shape and prompt.grad.any()
+
+
+def test_a_late_prompt_and_a_sliding_window_are_refused_where_the_prompt_would_leave_it():
+    config = MistralConfig(vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    config.num_attention_heads, config.num_key_value_heads, config.sliding_window = 4, 2, 8
+    model = MistralForCausalLM(config).eval()
+    gl.attach(model, gl.LatePromptTuning(3))
+    ids = torch.arange(3, 11)[None]
+    with pytest.raises(ValueError, match="use_cache: LatePromptTuning.* use_cache=False is accepted"):
+        model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False).shape == (1, 12)
+    assert model.generate(ids[:, :2], max_new_tokens=2, do_sample=False).shape == (1, 4)
+
+
+@pytest.mark.parametrize("method", [gl.PromptTuning(3), gl.LatePromptTuning(3, layer=1)])
+def test_a_tuple_of_outputs_is_the_texts_too(method):
+    model = BertModel(BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4))
+    gl.attach(model.eval(), method, also="pooler")
+    ids = torch.arange(3, 10)[None]
+    found = model(ids, output_hidden_states=True)
+    last, pooled, states = model(ids, output_hidden_states=True, return_dict=False)
+    assert all(map(torch.equal, (last, pooled, *states), (*found[:2], *found.hidden_states)))
+    assert {tensor.shape[1] for tensor in states} == {7}
+
+
+@pytest.mark.parametrize("method", [gl.PromptTuning(3), gl.LatePromptTuning(3, layer=1)])
+def test_a_call_without_tokens_is_the_models_to_refuse(method):
+    model, mask = build("tiny-bert"), torch.ones(1, 7)
+    gl.attach(model, method)
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+        model(attention_mask=mask)
+
+
+def test_a_prompt_starts_as_the_text_is_embedded():
+    config = GemmaConfig(vocab_size=60, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2, 16
+    model, ids = GemmaForCausalLM(config).double().eval(), torch.arange(5, 12)[None]
+    wanted = model(ids).logits[:, 4:]
+    gl.attach(model, gl.PromptTuning(4, init=(5, 6, 7, 8)))
+    assert (model(ids[:, 4:]).logits - wanted).abs().max() < 1e-9
+
+
+def test_warp_reads_the_mask_behind_padding_on_the_left():
+    config = T5Config(vocab_size=60, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, num_labels=3)
+    model, ids = T5ForTokenClassification(config).double().eval(), torch.arange(3, 10)[None]
+    gl.attach(model, gl.WARP(3))
+    alone = model(ids, attention_mask=torch.ones_like(ids)).logits[:, -1]
+    padded = torch.cat((torch.zeros(1, 4, dtype=torch.long), ids), 1)
+    behind = model(padded, attention_mask=(padded > 0).long()).logits[:, -1]
+    assert (alone - behind).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("method", [gl.LatePromptTuning(4, layer=1), gl.WARP(3)])
+def test_a_prompt_does_not_start_from_what_is_none(method, tmp_path):
+    path = gl.attach(build("tiny-bert"), method).save(tmp_path / "file.safetensors")
+    with pytest.raises(ValueError, match="sources must be files with one, got .* with 0 prompts"):
+        gl.attach(build("tiny-bert"), gl.SPoT(4, sources=(path,)))
+
+
+def test_prompts_of_several_lengths_are_compared_pair_by_pair():
+    prompts = [torch.randn(n, 5) for n in (2, 3)]
+    cosines = torch.nn.functional.cosine_similarity(prompts[0][:, None], prompts[1][None], dim=-1)
+    assert gl.prompt_similarity(prompts, pairs=True)[0, 1] == pytest.approx(float(cosines.mean()), abs=1e-6)
+    with pytest.raises(ValueError, match="prompts must be one or more"):
+        gl.prompt_similarity([])
+
+
+def test_fitting_a_space_leaves_no_gradients_behind():
+    model = torch.nn.Linear(5, 1)
+    prompts = [torch.randn(2, 5) for _ in range(2)]
+    gl.fit_space(prompts, 1, hidden=3, steps=2, losses=[lambda P: model(P).sum()] * 2)
+    assert model.weight.grad is None

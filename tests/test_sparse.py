@@ -13,7 +13,7 @@ from test_half import base, fit, fresh
 from test_layers import Int8, swap
 from torch import nn
 from torch.func import functional_call, grad, vmap
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, BertConfig, BertForMaskedLM
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import guidelib as gl
@@ -476,3 +476,14 @@ def test_expected_scores_of_a_decoder_are_taken_where_its_loss_is():
     (trained,) = torch.autograd.grad(output.loss, output.logits)
     places = [gradient.abs().sum(-1).nonzero()[:, 1].tolist() for gradient in (read, trained)]
     assert places[0] == places[1] == [3, 4]
+
+
+def test_an_encoders_tokens_are_scored_at_their_own_places():
+    inputs = {"input_ids": torch.arange(3, 10)[None], "labels": torch.full((1, 7), -100)}
+    inputs["labels"][0, 0] = 5
+    config = BertConfig(vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    config.num_attention_heads = 4
+    model = BertForMaskedLM(config).double().eval()
+    weight = model.bert.encoder.layer[0].output.dense.weight
+    (expected,) = fisher(model, [weight], [inputs], expected=True)
+    assert expected.any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -387,3 +388,25 @@ def test_vectors_are_never_pruned():
     attachment = gl.attach(model, gl.Sparse(gl.Gated(gl.LoRA(r=2)), 0.5, "random"))
     names = attachment.parts[-1].shapes
     assert names and not any("gating" in name for name in names)
+
+
+@pytest.mark.parametrize("method", [gl.IA3(tasks=2), gl.FLoRA(r=2)])
+def test_what_multiplies_is_not_pruned(method):
+    with pytest.raises(ValueError, match="method must be one that adds, for which 0 is nothing"):
+        gl.attach(build("tiny-llama"), gl.Sparse(method, 0.25, "random"))
+
+
+def test_scores_that_are_no_numbers_choose_nothing():
+    model, inputs = build("tiny-llama"), batch("tiny-llama")
+    attachment = gl.attach(model, gl.SparseAdapter(8))
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    with pytest.raises(ValueError, match="score must not be 'snip' here, where it is NaN or infinity"):
+        attachment.method.prepare(attachment, [inputs])
+
+
+def test_a_pruned_model_can_be_pickled():
+    model, inputs = build("tiny-bert"), batch("tiny-bert")
+    gl.attach(model, gl.SparseAdapter(8))
+    again = pickle.loads(pickle.dumps(model))
+    assert gl.attached(again).model is again and torch.equal(outputs(again, inputs), outputs(model, inputs))

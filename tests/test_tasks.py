@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import guidelib.materials.data
 from guidelib import cli
+from guidelib.materials.backbones import load_backbone
 from guidelib.materials.data import EXCHANGED, EXTRACTS, FOLDER, HELD_OUT
 from guidelib.materials.tasks import SPLITS, Task, load_task, main, rebuild_task, task_card
 
@@ -494,3 +495,28 @@ def test_command_rebuilds_and_tells_by_its_exit_code(sources, tmp_path, monkeypa
     assert run.exit_code == code and len(lines) == len(EXTRACTS)
     assert next(line for line in lines if "amazon" in line).endswith(f", {end}")
     assert len(list(tmp_path.glob("*.parquet"))) == len(EXTRACTS)
+
+
+@pytest.mark.parametrize("question", ["'{}' is", 'Review: "{}"\nSentiment:'])
+def test_the_end_of_a_question_is_never_cut(question):
+    _, tokenizer = load_backbone("tiny-t5")
+    task = load_task("movie-reviews").subset(test=300).ask(question, ("bad", "good"))
+    end = tokenizer(question, add_special_tokens=False)["input_ids"][-1]
+    for ids in task.encode(tokenizer, "test", 20)["input_ids"]:
+        assert len(ids) <= 20 and ids[-2:] == [end, tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("value", [0, 2.5, "8", 1])
+def test_a_length_that_has_no_room_for_a_text_is_refused(value):
+    _, tokenizer = load_backbone("minilm")
+    with pytest.raises(ValueError, match="max_length: got .* a whole number of at least 2"):
+        load_task("tweets").encode(tokenizer, "test", value)
+
+
+def test_what_is_no_list_of_books_or_question_is_refused():
+    with pytest.raises(ValueError, match="books: got 'Psalms', but a list of books"):
+        load_task("modern-bible").only("Psalms")
+    with pytest.raises(ValueError, match="task: got 'classification', but a text2text task"):
+        load_task("tweets").only([])
+    with pytest.raises(ValueError, match="question: got None"):
+        load_task("tweets").ask(None, ("bad", "good"))

@@ -119,3 +119,26 @@ def test_loss_is_per_token_whatever_the_batch(backbone, task):
     assert one == pytest.approx(all_, rel=1e-5)
     loss = gl.evaluate(model, task, tokenizer, split="validation", batch_size=5, write=False)
     assert loss == {"loss": all_["loss"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (dict(batch_size=-1), "batch_size must be a whole number of at least 1"),
+        (dict(num_beams=0), "num_beams must be a whole number of at least 1"),
+        (dict(sources="ab"), "sources must be a list of texts, got 'ab'"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(arguments, words):
+    model, tokenizer = gl.load_backbone("tiny-t5-random")
+    with pytest.raises(ValueError, match=words):
+        gl.text2text.generate(model, tokenizer, **dict(sources=["a"]) | arguments)
+
+
+def test_an_error_in_writing_gives_the_mode_back(monkeypatch):
+    model, tokenizer = gl.load_backbone("tiny-t5-random")
+    model.train()
+    monkeypatch.setattr(model, "generate", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        gl.text2text.generate(model, tokenizer, ["a"])
+    assert model.training and model.encoder.training

@@ -531,3 +531,48 @@ def test_evaluating_does_not_change_the_model():
     assert gl.evaluate(model, TASK, TOKENIZER, max_length=32) == first
     assert moved(model, before) == set()
     assert all(math.isfinite(value) for value in first.values())
+
+
+def test_an_evaluation_leaves_the_random_numbers_and_the_modes_alone():
+    model = attached()
+    model.train()
+    model.encoder.eval()
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(5)
+    state = torch.get_rng_state(), random.getstate()
+    gl.evaluate(model, TASK, TOKENIZER, max_length=32)
+    assert torch.equal(torch.get_rng_state(), state[0]) and random.getstate() == state[1]
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_the_configuration_stays_what_it_is():
+    model = build("tiny-gpt2", dtype=torch.float32)
+    config = transformers.GPT2Config(**model.config.to_diff_dict() | {"num_labels": 2, "use_cache": True})
+    model = transformers.GPT2ForSequenceClassification(config)
+    gl.attach(model, gl.LoRA(r=2))
+    gl.fit(model, TASK, TOKENIZER, **QUICK)
+    gl.evaluate(model, TASK, TOKENIZER, max_length=32)
+    assert model.config.use_cache is True
+
+
+def test_what_a_model_puts_out_besides_is_not_scored():
+    model = attached()
+    wanted = gl.evaluate(model, TASK, TOKENIZER, max_length=32)
+    model.config.output_hidden_states = True
+    assert gl.evaluate(model, TASK, TOKENIZER, max_length=32) == wanted
+
+
+def test_each_of_several_processes_takes_its_share_of_the_steps(monkeypatch):
+    assert training._steps(64, 16, 1.5) == 6
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert training._steps(64, 16, 1.5) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_recording_sees_what_the_step_has_done(dtype):
+    model = build("tiny-bert", dtype=dtype)
+    attachment = gl.attach(model, gl.BitFit())
+    with gl.recording(lambda: sum(float(p.float().abs().sum()) for p in attachment.state().values())) as seen:
+        gl.fit(model, TASK, TOKENIZER, **QUICK)
+    assert len(set(seen)) == len(seen) == 5
+    assert seen[-1] == sum(float(p.float().abs().sum()) for p in attachment.state().values())

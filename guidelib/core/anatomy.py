@@ -437,18 +437,27 @@ class Anatomy:
         rest = parameters.keys() - loaded if loaded else ()
         return frozenset(n for n in rest if parameters[n].is_floating_point() and not parameters[n].is_meta)
 
+    @property
+    def predicts_next(self) -> bool:
+        """Whether what it says at a token is held against the label of the next one, as in a decoder alone
+        that models language."""
+        config, head = self.model.config, self.model.get_output_embeddings()
+        alone = head is not None and not config.is_encoder_decoder
+        return alone and any(attention.looks_back for attention in self.attentions("self"))
+
     def named(self, names: str | Iterable[str]) -> set[str]:
         """The names of the parameters that ``names`` stand for: ``embedding`` (of the tokens), ``norms``,
         ``biases``, or the beginning of a parameter's name, with the backbone's own name or without.
 
         Raises TypeError for something else than names, ValueError for one that stands for nothing.
         """
-        if not isinstance(names, Iterable):
-            raise TypeError(f"also must be a name or several of them, got {names!r}")
-        names = (names,) if isinstance(names, str) else tuple(names)
+        given, names = names, (names,) if isinstance(names, str) else names
+        names = tuple(names) if isinstance(names, Iterable) else (None,)
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError(f"also must be a name or several of them, got {given!r}")
         if not names:
             return set()
-        groups = {"embedding": self.embedding.parameters()}
+        groups = {"embedding": [*self.embedding.parameters()]}
         groups |= {"norms": self.norms().values(), "biases": self.biases().values()}
         parameters, found = self.base_parameters(), set()
         for name in names:

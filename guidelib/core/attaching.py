@@ -66,7 +66,7 @@ def attach(
 ) -> Attachment:
     """Freeze ``model`` in place, plug ``method`` in and train the task head with it.
 
-    ``seed`` fixes the method's initial values without touching the global random state.  ``also`` names what
+    ``seed`` fixes the method's initial values; the random state of CPU and CUDA stays.  ``also`` names what
     else of the base to train in place, save and give back: "embedding", "norms", "biases", or the beginning
     of a parameter's name, such as "pooler" or "encoder.layer.3".  Warns of parameters that transformers drew
     at random, if they stay frozen.
@@ -76,7 +76,7 @@ def attach(
     or name that is not there, an impossible size, or a model that already carries a method, or shares layers
     with one that does (its backbone, or another head's).
     """
-    expect(is_whole(seed, 0) and seed < 2**63, "seed", seed, "a whole number of at least 0")
+    expect(is_whole(seed, 0) and seed < 2**63, "seed", seed, "a whole number from 0 to 2**63 - 1")
     attachment = _attach(model, method, seed, also=also)
     frozen = sorted(attachment.anatomy.drawn - attachment._selected)
     if frozen:
@@ -92,6 +92,18 @@ def attach(
     return attachment
 
 
+def attach_saved(
+    model: PreTrainedModel,
+    method: Method,
+    saved: Mapping[str, torch.Tensor],
+    drawn: frozenset[str] = frozenset(),
+) -> Attachment:
+    """Attach ``method`` with the tensors of a file, by their names there: its parts', and those of the base
+    that it trains.  drawn: see files.py.  Raises as `attach` does, and ValueError if a tensor is missing or
+    does not fit."""
+    return _attach(model, method, seed=0, saved=saved, drawn=drawn)
+
+
 def attached(model: PreTrainedModel) -> Attachment:
     """The Attachment of ``model``.  Raises ValueError if nothing is attached."""
     if not hasattr(model, ADDED):
@@ -105,12 +117,16 @@ def _attach(
     seed: int,
     also: str | Iterable[str] = (),
     saved: Mapping[str, torch.Tensor] | None = None,
+    drawn: frozenset[str] | None = None,
 ) -> Attachment:
-    """``saved``: the tensors of a file, of which those of the base say what is trained besides the method."""
+    """``saved``: the tensors of a file, of which those of the base say what is trained besides the method.
+    drawn: what transformers had drawn of the model that it was saved from."""
     if not isinstance(method, Method):
         hint = f"; write {method.__name__}() to make one" if isinstance(method, type) else ""
         raise TypeError(f"method must be a guidelib method such as LoRA(r=8), got {method!r}{hint}")
     anatomy = Anatomy(model)
+    if drawn is not None:
+        anatomy.drawn = drawn
     _check_free(model)
     base = anatomy.base_parameters()
     if saved is None:
@@ -184,7 +200,7 @@ class Attachment:
                 vars(module)[CARRIED] = self  # for other models that have some of these layers
             for name, parameter in parameters.items():
                 parameter.requires_grad_(name in selected)
-            self.add(parts)
+            self._plug(parts)
             if saved is not None:
                 self._fill(saved)
         except BaseException:
@@ -195,44 +211,39 @@ class Attachment:
 
     @property
     def parts(self) -> list[Part]:
-        """The parts in the order in which they were plugged in."""
+        """The parts in the order in which they were plugged in.  Raises ValueError if this attachment has
+        ended."""
+        self._check_active()
         return list(getattr(self.model, ADDED).values())
 
     def parts_of(self, method: Method) -> list[Part]:
-        """The parts that ``method``, this attachment's or a member of its sum, made."""
+        """The parts that ``method`` made: this attachment's or, of a sum, a member's."""
         return [part for part in self.parts if part.method is method]
 
-    def add(self, parts: Iterable[Part]) -> None:
-        """Plug further parts in (a mask that is known only after ``prepare``, say)."""
-        added, parts, before = getattr(self.model, ADDED), list(parts), self.parts
-        _check_order([*before, *parts])
-        try:
-            for part in parts:
-                name, n = part.name, 2
-                while name in added:
-                    name, n = f"{part.name}_{n}", n + 1
-                part.name = name
-                part.train(self.model.training)
-                added[name] = part
-                part.plug()
-            _check_closed(self.model, self.parts)
-        except BaseException:
-            for part in parts:
-                part.unplug()
-            for name in [name for name, part in added.items() if part not in before]:
-                del added[name]
-            raise
+    def _plug(self, parts: list[Part]) -> None:
+        added = getattr(self.model, ADDED)
+        _check_order(parts)
+        for part in parts:
+            name, n = part.name, 2
+            while name in added:
+                name, n = f"{part.name}_{n}", n + 1
+            part.name = name
+            part.train(self.model.training)
+            added[name] = part
+            part.plug()
+        _check_closed(self.model, parts)
 
     def count(self) -> Count:
         """The three counts and what they include."""
         self.check()
         trainable = {name: p.numel() for name, p in self.model.named_parameters() if p.requires_grad}
-        norms = self.anatomy.norms()
+        norms, base = self.anatomy.norms(), self.anatomy.base_parameters().values()
+        changed = _changed(self.parts, {id(p): p.shape[-1] for p in base if p.dim()})
         return Count(
             trainable=sum(trainable.values()),
             stored=sum(tensor.numel() for tensor in self.state().values()),
-            changed=_changed(self.parts) + sum(self._originals[name].numel() for name in self._selected),
-            total=sum(p.numel() for p in self.anatomy.base_parameters().values()),
+            changed=changed + sum(self._originals[name].numel() for name in self._selected),
+            total=sum(p.numel() for p in base),
             head=sum(p.numel() for name, p in self.anatomy.head().items() if name in self._selected),
             norms=sum(n for name, n in trainable.items() if name in norms),
         )
@@ -297,7 +308,8 @@ class Attachment:
     def _unmerge_weights(self) -> None:
         parameters = dict(self.model.named_parameters())
         for name, kept in self._kept.items():
-            put(parameters[name], kept)
+            if name in parameters:  # or its layer was taken out meanwhile
+                put(parameters[name], kept)
 
     # The next two lead to their end from wherever they, or a merge, have got to, so that one that was
     # interrupted is done again.
@@ -324,33 +336,41 @@ class Attachment:
             self._unmerge_weights()
             for part in self.parts:
                 part.restore()
-            for name, original in self._originals.items():
-                put(parameters[name], original)
-        for name, flag in self._flags.items():
-            parameters[name].requires_grad_(flag)
+            for name in self._originals.keys() & parameters.keys():
+                put(parameters[name], self._originals[name])
+        for name in self._flags.keys() & parameters.keys():  # a layer may have been taken out meanwhile
+            parameters[name].requires_grad_(self._flags[name])
             parameters[name].grad = None
         for module in self.model.modules():
             vars(module).pop(CARRIED, None)
         delattr(self.model, ADDED)
+        self._kept, self._originals = {}, {}
 
     @property
     def active(self) -> bool:
         """Whether the method is still on the model: neither detached nor merged for good."""
         return getattr(getattr(self.model, ADDED, None), "attachment", None) is self
 
-    def _check_attached(self, *, resized: bool = False) -> None:
-        """Raise ValueError unless the method is there and, but for ``resized``, its base is what it was.
-        ``resize_token_embeddings`` gives a layer another size, or puts another one in the place of a head."""
+    def _check_active(self) -> None:
         if not self.active:
             raise ValueError(
                 "this attachment has ended (detached, or merged for good); attach the method again"
             )
-        layers = {} if resized else _layers(self.model)
-        for name, was in self._layers.items():
-            if layers.get(name, was) != was:
+
+    def _check_attached(self, *, resized: bool = False) -> None:
+        """Raise ValueError unless the method is there and, but for ``resized``, its base is what it was.
+        ``resize_token_embeddings`` gives a layer another size, or puts another one in the place of a head."""
+        self._check_active()
+        layers, there = _layers(self.model), modules_of(self.model)
+        for name, was in () if resized else self._layers.items():
+            now = layers.get(name)
+            if now is None and was[0] in there:
+                continue  # the layer computes it now, by torch's parametrizations
+            if now != was:
+                into = "by nothing" if now is None else f"from {tuple(was[1])} to {tuple(now[1])}"
                 raise ValueError(
                     f"model: {name} was resized or replaced after {type(self.method).__name__} was attached, "
-                    f"from {tuple(was[1])} to {tuple(layers[name][1])}; detach() and attach again"
+                    f"{into}; detach() and attach again"
                 )
         expect_weights(self.model)  # or what is written to the base would be lost
 
@@ -370,7 +390,9 @@ class Attachment:
         return [name for name, p in parameters if p.requires_grad and name not in self._originals]
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What a file holds: the added tensors, and the base parameters that are changed in place."""
+        """What a file holds: the added tensors, and the base parameters that are changed in place.  Raises
+        ValueError if this attachment has ended."""
+        self._check_active()
         added = getattr(self.model, ADDED)
         lasting = added.state_dict().keys()  # buffers that are not persistent can be made again
         named = (*added.named_parameters(), *added.named_buffers())  # a shared parameter is named once
@@ -406,6 +428,8 @@ class Attachment:
             "method": json.dumps(self.method.to_json()),
             "base": json.dumps(self._base or self._fingerprint()),
         }
+        if drawn := self.anatomy.head().keys() - self.anatomy.task_head():
+            said["drawn"] = json.dumps(sorted(drawn))
         return said | {"checksum": checksum(state, said)}
 
     def save(self, path: str | os.PathLike) -> Path:
@@ -481,29 +505,29 @@ def _check_order(parts: list[Part]) -> None:
 def _check_closed(model: PreTrainedModel, parts: list[Part]) -> None:
     """Raise ValueError if something is trained where a part lets no gradient through."""
     for part in parts:
+        if not part.closed:
+            continue
         mine, closed = f"method: {type(part.method).__name__}", {*part.closed}
         for other in parts:
             trained = any(p.requires_grad for p in other.parameters())
-            if closed and other is not part and trained and other.acts_in(closed):
+            if other is not part and trained and other.acts_in(closed):
                 its = type(other.method).__name__
                 raise ValueError(
                     f"{mine} runs the backbone without gradients, in which {its} at {other.place} could not "
                     "be trained; attach one of the two"
                 )
         open_to = {id(p) for m in model.modules() if m not in closed for p in m._parameters.values()}
-        names = [
-            name
-            for name, p in model.named_parameters()
-            if closed and p.requires_grad and id(p) not in open_to
-        ]
+        named = model.named_parameters()
+        names = [name for name, p in named if p.requires_grad and id(p) not in open_to]
         if names:
             raise ValueError(
                 f"{mine} runs the backbone without gradients, in which {_several(names)} could not be trained"
             )
 
 
-def _changed(parts: list[Part]) -> int:
-    """How many entries of the effective model the parts can make differ from the base, each counted once."""
+def _changed(parts: list[Part], widths: Mapping[int, int]) -> int:
+    """How many entries of the effective model the parts can make differ from the base, each counted once.
+    widths: the last dimension of each parameter, by its id."""
     whole: dict[int, dict[Any, int]] = {}  # of each parameter, by rows
     few: dict[int, list[torch.Tensor]] = {}
     for part in parts:
@@ -516,6 +540,12 @@ def _changed(parts: list[Part]) -> int:
     total = 0
     for parameter, by_rows in whole.items():
         chosen = [tensor for tensor in few.get(parameter, ()) if not by_rows.get(None)]
+        for start, stop in (rows for rows, n in by_rows.items() if rows is not None and n):
+            # these are counted already; a fused map has its outputs in the last dimension
+            for i, index in enumerate(chosen):
+                if has_values(index):
+                    at = index % widths[parameter]
+                    chosen[i] = index[(at < start) | (at >= stop)]
         if len(chosen) > 1 and all(map(has_values, chosen)):
             chosen = [torch.cat(chosen).unique()]
         total += by_rows.get(None) or sum(by_rows.values()) + sum(map(len, chosen))
@@ -562,7 +592,7 @@ def load(model: PreTrainedModel, path: str | os.PathLike, *, any_weights: bool =
     """
     path, anatomy = Path(path), Anatomy(model)
     _check_free(model)
-    method, tensors = read(anatomy, path, any_weights=any_weights)
+    method, tensors, drawn = read(anatomy, path, any_weights=any_weights)
     try:
         method = Spec.from_json(method)
         if not isinstance(method, Method):
@@ -572,7 +602,7 @@ def load(model: PreTrainedModel, path: str | os.PathLike, *, any_weights: bool =
     except ValueError as error:
         raise ValueError(f"path: {path.name!r} does not fit: {_short(error)}") from error
     try:
-        return _attach(model, method, seed=0, saved=tensors)
+        return attach_saved(model, method, tensors, drawn)
     except (OverflowError, RecursionError) as error:
         raise ValueError(f"path: {path.name!r} is damaged: {_short(error)}") from error
     except (TypeError, ValueError) as error:

@@ -4,6 +4,8 @@ which base it belongs to.
     format     "guidelib 2"; a file of "guidelib 1", without a checksum and with a hash for a base, is read
     method     the method, as JSON
     base       the architecture, a hash of the shapes, and sums of weights: see fingerprint.py
+    drawn      if there are any: the names of parameters beside the blocks that transformers had drawn, which
+               are trained with the head; a copy of the model no longer knows which they were
     checksum   SHA-256 of the above and of the tensors
 
 A tensor is called ``guidelib.<part>.<its name there>``, or as the base parameter that it replaces.
@@ -117,8 +119,9 @@ def _sync(path: Path) -> None:
 
 def read(
     anatomy: Anatomy, path: str | os.PathLike, *, any_weights: bool = False
-) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The method, as JSON, and the tensors of a file that belongs to the model of ``anatomy``.
+) -> tuple[Any, dict[str, torch.Tensor], frozenset[str]]:
+    """The method, as JSON, the tensors and the drawn names of a file that belongs to the model of
+    ``anatomy``.
 
     Raises as ``load`` does.
     """
@@ -130,6 +133,7 @@ def read(
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         method, base = json.loads(metadata.get("method", "0")), json.loads(metadata.get("base", "0"))
+        drawn = frozenset(json.loads(metadata.get("drawn", "[]")))
     except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"path: {path.name!r} is damaged or no safetensors file ({error})") from error
     if metadata.get("format") not in (FORMAT, FIRST):
@@ -147,7 +151,9 @@ def read(
         ) from error
     if found:
         raise ValueError(f"path: {path.name!r} belongs to another backbone: {found}")
-    return method, tensors
+    if unknown := drawn - anatomy.base_parameters().keys():
+        raise ValueError(f"path: {path.name!r} is damaged: it speaks of {min(unknown)!r}")
+    return method, tensors, drawn
 
 
 def checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:

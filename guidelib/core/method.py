@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -32,9 +33,12 @@ def is_whole(value: object, least: int = 1) -> bool:
     return type(value) is int and value >= least
 
 
+LARGEST = sys.float_info.max
+
+
 def is_number(value: object) -> bool:
     """Whether it is a finite number; True and False are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 class Spec:
@@ -78,9 +82,6 @@ class Attached(Protocol):
 
     def parts_of(self, method: Method) -> list[Any]:
         """The parts that ``method`` made, also where it is a member of a sum."""
-
-    def add(self, parts: Iterable[Any]) -> None:
-        """Plug further parts in, known only once data were seen."""
 
 
 @dataclass(frozen=True)

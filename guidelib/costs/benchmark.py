@@ -129,8 +129,8 @@ def take_turns(runs: dict[str, Callable[[], Any]], pairs: int) -> dict[str, list
         for label, run in runs.items():
             start = time.perf_counter()
             own = run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
             if turn:  # the first one warms up
                 times[label].append(own if isinstance(own, float) else time.perf_counter() - start)
     return times

@@ -26,6 +26,7 @@ from guidelib.core.points.sublayer import SublayerPart
 from guidelib.core.points.weight_delta import BranchCost, DeltaPart
 
 COVERED = ("bert", "roberta", "xlm-roberta", "camembert")
+ACTIVATIONS = ("gelu", "relu", "silu", "gelu_pytorch_tanh")  # one operation, which keeps its input
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,21 @@ class Prediction:
 def predict(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> Prediction | None:
     """The prediction for one step of ``model`` on ``batch``, or None for a model without a closed form.
 
-    Covered are BERT-like encoders with a mean-pool head in 32 or 64 bits, with fused (sdpa) attention for the
-    bytes, without dropout and gradient checkpointing, and methods made of in-place selection, weight
-    deltas, adapters, and prompts and prefixes that are trained themselves.
+    Covered are BERT-like encoders with a mean-pool head in 32 or 64 bits, with fused (sdpa) attention and an
+    activation of one operation, on ids and a mask of whole numbers, without dropout and gradient
+    checkpointing; and methods made of in-place selection, weight deltas, adapters, and prompts and prefixes
+    that are trained themselves.
     """
     anatomy = Anatomy(model)
     added = getattr(model, ADDED, {}).values()
     if (
         anatomy.kind not in COVERED
         or type(model).__name__ != "MeanPoolClassifier"
-        or "labels" not in batch
+        or not {"input_ids", "labels"} <= set(batch)
+        or "position_ids" in batch
+        or ("attention_mask" in batch and batch["attention_mask"].is_floating_point())
+        or model.config._attn_implementation != "sdpa"
+        or model.config.hidden_act not in ACTIVATIONS
         or model.dtype not in (torch.float32, torch.float64)  # 16-bit models mix in 32-bit statistics
         or any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         # set with gradient checkpointing and left by transformers when that is switched off again

@@ -5,8 +5,10 @@ All figures are deterministic, and what depends on a step is predicted as well, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedModel
 
@@ -25,8 +27,9 @@ class Costs:
 
     memory: its four terms in bytes, and their ``total``.  Weights are all parameters and buffers that are
     there, each storage once; gradients and Adam's two moments are those of the trainable parameters;
-    activations are ``saved_bytes``.  The copy of the base that an attachment keeps for ``detach`` is not
-    among them.  forward_flops, backward_flops, operations: see `Step`.  file_bytes: the safetensors file that
+    activations are ``saved_bytes``.  Not among them are the copy of the base that an attachment keeps for
+    ``detach``, and the one in 32 bits by which `fit` trains what has 16 ("mixed" in `memory_plan`).
+    forward_flops, backward_flops, operations: see `Step`.  file_bytes: the safetensors file that
     ``save`` writes (the whole model where nothing is attached).  predicted: the step, run on shapes alone.
     """
 
@@ -54,8 +57,8 @@ class Costs:
 
 @unset_fake_temporarily()
 def measure(model: PreTrainedModel, batch: Batch, *, dropout: bool = False, keep_less: bool = False) -> Costs:
-    """Measure one step of ``model`` as it stands on ``batch`` (its forward's keyword arguments, labels
-    included), and predict it.
+    """Measure one step of ``model`` as it stands on ``batch`` (the tensors among its forward's keyword
+    arguments, labels included), and predict it.
 
     With labels the loss is the one that ``fit`` trains: with a method's regulariser and its further passes.
     Without, the sum of the first output stands in for it.  ``dropout`` leaves the model's dropout on;
@@ -68,6 +71,9 @@ def measure(model: PreTrainedModel, batch: Batch, *, dropout: bool = False, keep
     The model, its gradients and the random state are left as they were.  Raises ValueError if nothing is
     trainable.
     """
+    expect(isinstance(model, PreTrainedModel), "model", model, "a transformers model")
+    right = isinstance(batch, Mapping) and all(isinstance(t, torch.Tensor) for t in batch.values())
+    expect(right, "batch", batch, "a mapping of names to tensors")
     trainable = [p for p in model.parameters() if p.requires_grad]
     expect(bool(trainable), "model", type(model).__name__, "a model with trainable parameters")
     options = {"dropout": dropout, "keep_less": keep_less}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from guidelib.core.method import expect
+from guidelib.core.method import expect, is_whole
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ def memory_plan(
     impossible numbers.
     """
     expect(precision in ("fp32", "mixed", "bf16"), "precision", precision, "one of fp32, mixed, bf16")
-    expect(parameters > 0, "parameters", parameters, "positive")
-    expect(0 <= trainable, "trainable", trainable, "at least 0")
-    expect(activations >= 0, "activations", activations, "at least 0")
+    expect(is_whole(parameters), "parameters", parameters, "a whole number of at least 1")
+    for name, value in (("trainable", trainable), ("activations", activations)):
+        expect(is_whole(value, 0), name, value, "a whole number of at least 0")
     size = 4 if precision == "fp32" else 2
     moment = 2 if precision == "bf16" else 4
     return MemoryPlan(

@@ -38,7 +38,8 @@ def predict(
     """What ``measure`` gives for ``method`` on a model, without the model's weights.
 
     model: a short name or hub id as `load_backbone` takes it, of which only the configuration is read; a
-    transformers configuration; or a model, on torch's meta device or anywhere, which is not touched.  From a
+    transformers configuration; or a model, on torch's meta device or anywhere, which is not touched: a bare
+    backbone, a language model or a classifier of texts (others: `measure` with a batch of yours).  From a
     name or a configuration it is the model that `load_backbone` makes for ``task``.  Without one an encoder
     classifies into as many labels as its configuration says, the others model language.
 
@@ -69,8 +70,8 @@ def _expect_room(model: PreTrainedModel, length: int, target_length: int) -> Non
     for name, body in Anatomy(model).bodies().items():
         targets = name == "decoder" and model.config.is_encoder_decoder
         argument, tokens = ("target_length", target_length) if targets else ("length", length)
-        fits = body.places is None or tokens <= body.places
-        expect(fits, argument, tokens, f"at most {body.places}, the positions of the {name}")
+        room = tokens if body.places is None else body.places - body.first
+        expect(tokens <= room, argument, tokens, f"at most {room}, the positions of the {name}")
 
 
 def _blank(

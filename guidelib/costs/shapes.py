@@ -62,18 +62,21 @@ class _Copies(TorchFunctionMode):
 
 
 class LooksHold(TorchFunctionMode):
-    """On the meta device, whatever is looked at holds: that a mask has no padding, for one."""
+    """On the meta device, whatever is looked at holds: that a mask has no padding, for one.  And there is no
+    padding among tokens, where they come without a mask."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.Tensor.__bool__ and args[0].is_meta:
             return True
+        if function is torch.Tensor.__contains__ and args[0].is_meta:
+            return False
         return function(*args, **(kwargs or {}))
 
 
 class NumbersOnShapes(TorchFunctionMode):
     """Beside weights without values, new floating-point numbers have none either: there may be one for each
     entry of a weight or of an attention.  Whole numbers and ones keep theirs: masks are made of them, and
-    looked at."""
+    looked at.  What is looked at without a value holds, as on the meta device: that states are finite."""
 
     MAKERS = {torch.empty, torch.zeros, torch.rand, torch.randn, torch.eye}
 
@@ -83,6 +86,8 @@ class NumbersOnShapes(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if function is torch.Tensor.__bool__ and isinstance(args[0], FakeTensor):
+            return True
         floating = (kwargs.get("dtype") or torch.get_default_dtype()).is_floating_point
         with self.mode if floating and function in self.MAKERS else nullcontext():
             return function(*args, **kwargs)

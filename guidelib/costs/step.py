@@ -92,8 +92,8 @@ def flops(model: nn.Module, batch: Batch, *, keep_less: bool = False) -> tuple[i
         forward = counter.get_total_flops()
         # a real backward pass: torch.autograd.grad would leave out what no wanted gradient needs
         before = {p: p.grad for p in model.parameters()}
-        model.zero_grad()  # sets them to None, so that nothing is added to what stood there
         try:
+            model.zero_grad()  # sets them to None, so that nothing is added to what stood there
             with FlopCounterMode(display=False) as counter:
                 loss.backward()
         finally:
@@ -159,16 +159,16 @@ def prepared(
     first = next(model.parameters())
     shapes = LooksHold() if first.is_meta else nullcontext() if has_values(first) else NumbersOnShapes(model)
     modes, switched_off = [(module, module.training) for module in model.modules()], []
-    model.train(train)
-    if not dropout:
-        for module in model.modules():
+    random = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
+    try:
+        model.train(train)
+        for module in () if dropout else model.modules():
             for name in ("p",) if isinstance(module, nn.Dropout) else DROPOUTS:
                 if isinstance(getattr(module, name, None), float):
                     switched_off.append((module, name, getattr(module, name)))
                     setattr(module, name, 0.0)
-    try:
-        with torch.random.fork_rng(devices=[]), shapes:
-            torch.default_generator.manual_seed(0)
+        with torch.set_grad_enabled(train), random, shapes:
+            torch.manual_seed(0)
             yield inputs
     finally:
         for module, name, value in switched_off:
@@ -178,7 +178,7 @@ def prepared(
 
 
 # transformers keeps some dropout probabilities as numbers and applies them by function
-DROPOUTS = ("dropout", "attention_dropout", "activation_dropout")
+DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "layerdrop")
 
 
 def _inputs(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:

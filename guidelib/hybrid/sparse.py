@@ -78,6 +78,8 @@ class Sparse(Wrapper):
         dense = not any(isinstance(part, Pruned) for part in parts)
         expect(dense, "method", self.method, "one that is not sparse already")
         pruned = Pruned(self, parts, self.keep, saved)
+        scales = any(isinstance(part, ChoosingPart) and not part.delta.additive for part in parts)
+        expect(not scales, "method", self.method, "one that adds, for which 0 is nothing")
         if pruned.start and not pruned.is_whole and self.score != "random":
             zero = sum(has_values(w) and not w.any() for w in pruned.start.values())
             expect(not zero, "score", self.score, f"'random' where {zero} of the matrices start at zero")
@@ -107,6 +109,8 @@ class Sparse(Wrapper):
             flat = torch.cat([score.flatten() for score in scores.values()])
             if not flat.any():
                 raise ValueError(f"score must not be {self.score!r} here, where it is 0 for all entries")
+            if not flat.isfinite().all():
+                raise ValueError(f"score must not be {self.score!r} here, where it is NaN or infinity")
             pruned.choose(scores.values())
         pruned.settle()
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from guidelib.additive.adapters.bottleneck import PfeifferAdapter
 from guidelib.additive.soft_prompts.prefix import PrefixTuning
-from guidelib.core.method import Expression, Method
+from guidelib.core.method import Expression, Method, expect, is_whole
 from guidelib.core.points.gate import Gated
 from guidelib.reparametrization.lora import LoRA
 
@@ -34,5 +34,7 @@ class UniPELT(Expression):
     lora: bool = True
 
     def expression(self) -> Method:
+        expect(is_whole(self.bottleneck), "bottleneck", self.bottleneck, "a whole number of at least 1")
+        expect(isinstance(self.lora, bool), "lora", self.lora, "True or False")
         parts = PrefixTuning(self.length, self.mlp) + PfeifferAdapter(self.bottleneck)
         return Gated(parts + LoRA(self.r, alpha=self.r) if self.lora else parts)

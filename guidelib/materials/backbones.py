@@ -53,12 +53,16 @@ def load_backbone(
     HuggingFaceTB/SmolLM2-135M-Instruct; pass that id for those.  ``tiny-t5`` is part of guidelib: see
     book/tiny-t5.md.
 
-    Raises ValueError for an unknown name, a wrong hash or answers that begin alike, ModuleNotFoundError for a
-    missing package, OSError for a hub id that cannot be loaded, NotImplementedError for an encoder-decoder
-    with a task.
+    Raises ValueError for an unknown name, a type or seed that is none, a wrong hash or answers that begin
+    alike, ModuleNotFoundError for a missing package, OSError for a hub id that cannot be loaded,
+    NotImplementedError for a model that cannot be given the task.
     """
     task = _task(task)
     expect_name(name)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype: got {dtype!r}, but a type such as torch.bfloat16 is accepted")
+    if type(seed) is not int:
+        raise ValueError(f"seed: got {seed!r}, but a whole number is accepted")
     model, tokenizer = _NAMED[name](seed, dtype) if name in _NAMED else _hub(name, dtype)
     if task is not None:
         model = _with_head(model, task, seed, tokenizer)
@@ -192,6 +196,10 @@ def _needs_head(config: PreTrainedConfig, kind: str, task: Task) -> bool:
             "classification with an encoder or a decoder, text2text with an encoder-decoder, or task=None is "
             "accepted"
         )
+    if kind == "decoder" and type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise NotImplementedError(
+            f"task: transformers has no classifier for {config.model_type}; task=None is accepted"
+        )
     return True
 
 
@@ -248,8 +256,7 @@ def _hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedToke
         raise unreachable(name, error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id  # by it a head finds the last token of a text
     return model, tokenizer
 
 

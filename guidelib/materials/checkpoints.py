@@ -1,7 +1,8 @@
 """Checkpoints: where the weights of the pretrained backbones come from, and that they are the right ones.
 
 ``minilm`` and ``smollm2`` are files of installed packages, found without importing the package; ``tiny-t5``
-is in this one.  Every file that is read has its hash pinned here.
+is in this one.  Every file of a package has its hash pinned here; what is converted of one has a list of its
+own beside it.
 """
 
 import hashlib
@@ -74,9 +75,13 @@ def smollm2_folder() -> Path:
     folder = _smollm2_cache()
     if not folder.exists():
         _convert_smollm2(folder)
-    record = json.loads((folder / "guidelib.json").read_text(encoding="utf-8"))
-    for file, digest in record["sha256"].items():
-        _check(folder / file, digest, f"rm -r '{folder}'")  # it is converted again at the next call
+    remedy = f"rm -r '{folder}'"  # it is converted again at the next call
+    try:
+        digests = json.loads((folder / "guidelib.json").read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"name: {folder} is damaged; run `{remedy}`") from error
+    for file, digest in digests.items():
+        _check(folder / file, digest, remedy)
     return folder
 
 

@@ -39,9 +39,9 @@ def load_config(name: str) -> PreTrainedConfig:
 
     No weights are read or fetched.  Raises as `load_backbone` does.
     """
+    expect_name(name)
     if name in SHORT:
         return SHORT[name]()
-    expect_name(name)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except OSError as error:

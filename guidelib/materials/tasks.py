@@ -59,7 +59,7 @@ class Task:
         answers = tuple(answers)
         for name, value, right, accepted in (
             ("task", self.kind, self.kind == "classification", "a classification task"),
-            ("question", question, question.count("{}") == 1, 'a text with one "{}"'),
+            ("question", question, str(question).count("{}") == 1, 'a text with one "{}"'),
             ("answers", answers, len(answers) == len(self.labels), f"a word for each of {self.labels}"),
         ):
             if not right:
@@ -69,11 +69,14 @@ class Task:
     def only(self, books: Iterable[str]) -> "Task":
         """The same text2text task, trained on the items alone whose id is that of one of the ``books``, such
         as "Psalms".  Raises ValueError for another task, or a book without an item."""
+        if self.kind != "text2text":
+            raise ValueError(f"task: got {self.kind!r}, but a text2text task is accepted")
+        if isinstance(books, str):
+            raise ValueError(f"books: got {books!r}, but a list of books is accepted")
         books = tuple(books)
-        column = self.train["id"] if self.kind == "text2text" else []
-        places = [at.rsplit(" ", 1)[0] for at in column]
+        places = [at.rsplit(" ", 1)[0] for at in self.train["id"]]
         if missing := [book for book in books if book not in places]:
-            known = ", ".join(dict.fromkeys(places)) or "a text2text task"
+            known = ", ".join(dict.fromkeys(places))
             raise ValueError(f"books: got {missing[0]!r}, but {known} is accepted")
         return replace(self, train=self.train.select([i for i, at in enumerate(places) if at in books]))
 
@@ -96,8 +99,10 @@ class Task:
         """
         if split not in SPLITS:
             raise ValueError(f"split: got {split!r}, but one of {', '.join(SPLITS)} is accepted")
-        if max_length < 1:
-            raise ValueError(f"max_length: got {max_length}, but a positive number of tokens is accepted")
+        least = max(1, tokenizer.num_special_tokens_to_add())
+        if type(max_length) is not int or max_length < least:
+            accepted = f"a whole number of at least {least} is accepted"
+            raise ValueError(f"max_length: got {max_length!r}, but {accepted}")
         data = getattr(self, split)
         if self.kind == "text2text":
             texts = {"text": list(data["source"]), "text_target": list(data["target"])}
@@ -120,11 +125,17 @@ class Task:
                 f"max_length: got {max_length}, but more than the question's {max_length - room} is accepted"
             )
         own = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        texts = [
-            text if len(ids) <= room else tokenizer.decode(ids[:room]).rstrip(HALVED)
-            for text, ids in zip(texts, own, strict=True)
-        ]
-        return tokenizer([self.question.replace("{}", text) for text in texts], **cut)
+        asked = []
+        for text, ids in zip(texts, own, strict=True):
+            most = min(room, len(ids))
+            if most < len(ids):
+                text = tokenizer.decode(ids[:most]).rstrip(HALVED)
+            # beside the question a text may take more tokens than alone
+            while most and len(tokenizer(self.question.replace("{}", text))["input_ids"]) > max_length:
+                most -= 1
+                text = tokenizer.decode(ids[:most]).rstrip(HALVED)
+            asked.append(self.question.replace("{}", text))
+        return tokenizer(asked, **cut)
 
     def subset(
         self, train: int | None = None, validation: int | None = None, test: int | None = None, seed: int = 0

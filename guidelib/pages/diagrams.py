@@ -49,6 +49,7 @@ class Diagram(Output):
 
     def line(self, *points: tuple[float, float], kind: str = "frame"):
         """Straight lines from point to point."""
+        expect(kind in KINDS, "kind", kind, f"one of {', '.join(KINDS)}")
         colour, _, edge, dashes = KINDS[kind]
         path = " ".join(f"{x:g},{y:g}" for x, y in points)
         look = {"points": path, "fill": "none", "stroke": colour, "stroke-width": edge + 0.3}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from guidelib.core.method import expect
@@ -43,6 +43,7 @@ def finding(
 ) -> Finding:
     """The verdicts on a stored result (see `guidelib.experiments.compare` for the arguments and errors), as a
     table with the sentence that they come to."""
+    expect(isinstance(result, Mapping), "result", result, "a stored result, as load_results gives it")
     verdicts = compare(result, reference, task=task, methods=methods, margin=margin)
     texts = any("chrf" in run.get("test", {}) for run in result["runs"])
     what = "Probability of the right token (geometric mean over the test split)" if texts else "Test score"

@@ -55,6 +55,7 @@ def place(method: Method | str | Mapping[str, str]) -> Output:
     if isinstance(method, Method):
         lit, where = _lit(method)
     else:
+        expect(isinstance(method, Mapping), "method", method, "a method such as LoRA(r=8), a name, or spots")
         for spot, how in method.items():
             expect(spot in SPOTS, "spot", spot, f"one of {', '.join(SPOTS)}")
             expect(how in SPOTS[spot], f"spot {spot!r}", how, f"one of {', '.join(SPOTS[spot])}")

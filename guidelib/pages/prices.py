@@ -87,11 +87,12 @@ def cost_table(
     Every figure is the same on every machine.  In a live notebook, the latency of each method is printed as
     well, as a ratio of paired times.  Raises ValueError for no methods or impossible sizes.
     """
-    expect(bool(methods), "methods", methods, "at least one, by its label")
-    sizes = [*batches, length]
-    right = bool(batches) and all(is_whole(n) for n in sizes)
-    expect(right, "batches", (batches, length), "whole numbers of at least 1")
+    expect(isinstance(methods, Mapping) and methods, "methods", methods, "a mapping of labels to methods")
+    right = isinstance(batches, Sequence) and batches and all(is_whole(n) for n in [*batches, length])
+    expect(right, "batches, length", (batches, length), "whole numbers of at least 1, a list of them and one")
     model, _ = load_backbone(backbone, task)
+    most = getattr(model.config, "max_position_embeddings", length)
+    expect(length <= most, "length", length, f"at most {most}, the positions of {backbone}")
     inputs = [token_batch(model, size, length) for size in batches]
     base = operations(model, inputs[0])
     prices = {label: _price(model, method, base, inputs) for label, method in methods.items()}

@@ -297,12 +297,10 @@ def pretrain(
     """
     out.mkdir(parents=True, exist_ok=True)
     state_file, log_file = out / "checkpoint.pt", out / "log.jsonl"
-    tokenizer_file = out / "tokenizer.json"
     digest = hashlib.sha256("\n".join([*texts.train, "", *texts.held_out]).encode()).hexdigest()
     settings = json.loads(json.dumps({"plan": asdict(plan), "config": config or CONFIG, "texts": digest}))
     tokenizer = train_tokenizer(texts.train, plan.vocabulary)
-    tokenizer.backend_tokenizer.save(str(tokenizer_file))
-    settings["tokenizer"] = hashlib.sha256(tokenizer_file.read_bytes()).hexdigest()
+    settings["tokenizer"] = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
     text, held_out = Text(texts.train, tokenizer), Text(texts.held_out, tokenizer)
     model = new_model(plan, config or CONFIG).train()

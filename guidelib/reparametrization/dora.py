@@ -6,6 +6,9 @@
 The norm is a constant in the backward pass (section 4.3), and the bias is not scaled.  count =
 r (d_in + d_out) + d_out per target.  Merges exactly.  The authors adapt q, k, v and the feed-forward
 network's up and down maps, with alpha = 2 r.
+
+Behind NF4, m is the length of a row before it was quantised: there W' = m W / ||W|| of the quantised W at the
+start.
 """
 
 from __future__ import annotations

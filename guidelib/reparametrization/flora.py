@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from guidelib.core.anatomy import Site, Targets
-from guidelib.core.attaching import Attachment, attach, load
+from guidelib.core.attaching import Attachment, attach_saved, load
 from guidelib.core.method import expect, is_number, is_whole
 from guidelib.core.points.choice import Choosing
 from guidelib.core.points.passes import Call
@@ -217,9 +217,5 @@ def load_loras(model: PreTrainedModel, paths: Sequence[str | os.PathLike]) -> At
         expect(same, "paths", f"{path} with another task head", "files with the same task head")
     alpha = first.alpha * (math.sqrt(first.r) if first.rank_stabilized else 1)
     method = FLoRA(first.r, len(states), "add", alpha, first.targets)
-    attachment = attach(model, method, also=mine)
-    with torch.no_grad():
-        for name, tensor in attachment.state().items():
-            values = [state[name] for state in states]
-            tensor.copy_(torch.stack(values) if ".delta." in name else values[0])
-    return attachment
+    saved = {n: torch.stack([s[n] for s in states]) if ".delta." in n else t for n, t in states[0].items()}
+    return attach_saved(model, method, saved, attachment.anatomy.drawn)

@@ -90,7 +90,9 @@ class Quantized(nn.Module):
             mean = scales.mean()
             groups = _blocks(scales - mean, SCALES)
             steps = groups.abs().amax(1) / 127
-            whole = (groups / torch.where(steps == 0, 1, steps).unsqueeze(1)).round()
+            step = torch.where(steps == 0, 1, steps).unsqueeze(1)
+            # no scale is below zero: beside a scale that is far larger it would be rounded to there
+            whole = torch.maximum((groups / step).round(), (-mean / step).ceil())
             self._keep("steps", steps)
             self._keep("mean", mean)
             scales = whole.to(torch.int8).flatten()[: len(scales)].clone()
@@ -208,7 +210,10 @@ class NF4(Method):
         names = {id(parameter): name for name, parameter in anatomy.base_parameters().items()}
         parts = []
         for layer, sites in layers.items():
-            quantized = Quantized(layer.weight, self.block, self.double)
+            try:
+                quantized = Quantized(layer.weight, self.block, self.double)
+            except ValueError as error:
+                raise ValueError(f"model: {sites[0].name}: {error}") from None
             for site in sites:  # a fused layer is quantised once, by the part of its first map
                 owned = {names[id(layer.weight)]: layer.weight} if site is sites[0] else {}
                 parts.append(NF4Part(self, anatomy.model, site, quantized, owned))

@@ -79,11 +79,15 @@ class ReLoRA(LoRA):
             for part in attachment.parts_of(self):
                 a, b, weight = part.delta.A, part.delta.B, part.site.weight
                 weight.copy_(weight + part.delta.delta())
+                b.zero_()  # at once, or an interrupted restart would leave the update there twice
                 torch.manual_seed(part.seed + step)
                 nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-                b.zero_()
                 for factor in (a, b):
                     _keep_largest(optimizer.state.get(factor, {}), factor, self.keep)
+
+    def finish(self, attachment):
+        for part in attachment.parts_of(self):
+            part.seed += 2**31  # a further training draws other directions
 
 
 def _keep_largest(state: dict[str, torch.Tensor], factor: torch.Tensor, share: float) -> None:

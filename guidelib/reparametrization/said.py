@@ -10,8 +10,8 @@ starts from random weights and is trained in place.
 
 count = d.  Stored: d numbers; the projections follow from the seed.  Merges exactly.
 
-Few numbers, and no little memory: theta', its gradient and two numbers of Fastfood for each weight, whose
-size is rounded up to a power of two.
+Few numbers, and no little memory: theta', its gradient, and Fastfood's: for each tensor two numbers for each
+weight, rounded up to a power of two that is at least d, and d signs.
 
 Our reading: a scale for each tensor.  If d is larger than a tensor, its projection gets d columns all the
 same; a known implementation cuts theta_d off there.

@@ -98,13 +98,13 @@ class AddedBias(Part):
 
     def __init__(self, method: Method, name: str, module: nn.Module, width: int, like: torch.Tensor):
         super().__init__()
-        self.name, self.method = f"BitFit_{name.replace('.', '_')}", method
+        self.name, self.method, self._place = f"BitFit_{name.replace('.', '_')}", method, name
         self.b = nn.Parameter(torch.zeros(width, device=like.device, dtype=added_dtype(like)))
         self._module = (module,)  # in a tuple, so that it is not registered as a child
 
     @property
     def place(self) -> str:
-        return self.name.removeprefix("BitFit_")
+        return self._place
 
     def plug(self) -> None:
         self.hook(self._module[0], self._hook)

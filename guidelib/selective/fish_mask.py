@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from guidelib.core.anatomy import Anatomy
 from guidelib.core.method import Attached, expect, is_whole
 from guidelib.core.points.sparse_delta import Selecting
 
@@ -91,7 +92,7 @@ def fisher(
 
 def _ahead(model: nn.Module) -> bool:
     """Whether a token is predicted a place before its own, as in a decoder alone."""
-    return not getattr(getattr(model, "config", None), "is_encoder_decoder", True)
+    return hasattr(model, "config") and Anatomy(model).predicts_next
 
 
 def _log_likelihoods(

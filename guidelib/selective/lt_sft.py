@@ -17,6 +17,7 @@ The authors also pull theta to theta_0 by an L1 penalty, which is left out here.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ import torch
 from transformers import PreTrainedModel
 
 from guidelib.core.anatomy import ADDED
-from guidelib.core.attaching import Attachment, attach, load
+from guidelib.core.attaching import Attachment, attach_saved, load
 from guidelib.core.method import Sum, expect, is_number
 from guidelib.core.points.sparse_delta import Narrowing, SparseDelta
 
@@ -85,7 +86,7 @@ def load_deltas(model: PreTrainedModel, paths: Sequence[str | os.PathLike]) -> A
     """
     several = isinstance(paths, Sequence) and not isinstance(paths, str | bytes)
     expect(several and len(paths) > 0, "paths", paths, "a list of one or more files")
-    methods, supports, beside = [], [], {}
+    methods, saved, beside, seen = [], {}, {}, Counter()
     for path in map(os.fspath, paths):
         attachment = load(model, path)
         try:
@@ -94,19 +95,17 @@ def load_deltas(model: PreTrainedModel, paths: Sequence[str | os.PathLike]) -> A
             accepted = "files of FishMask, LTSFT or DiffPruning that were trained to the end"
             expect(bool(parts) and sparse, "paths", f"{path} with {attachment.method!r}", accepted)
             methods.append(attachment.method)
-            supports += [
-                [t.clone() for t in (part.indices, part.sizes, part.values.detach())] for part in parts
-            ]
-            beside |= {n: t.clone() for n, t in attachment.state().items() if not n.startswith(f"{ADDED}.")}
+            for part in parts:  # by the names that they have in a sum
+                kind = type(part.method).__name__
+                seen[kind] += 1
+                name = f"{ADDED}.{kind}" + f"_{seen[kind]}" * (seen[kind] > 1)
+                own = {"indices": part.indices, "sizes": part.sizes, "values": part.values.detach()}
+                saved |= {f"{name}.{key}": tensor.clone() for key, tensor in own.items()}
+            mine = {n: t.clone() for n, t in attachment.state().items() if not n.startswith(f"{ADDED}.")}
+            for name in (mine.keys() & beside.keys()) - attachment.anatomy.head().keys():
+                fits = mine[name].equal(beside[name])
+                expect(fits, "paths", f"{path}, which trains {name!r} in place", "files that agree on that")
+            beside |= mine
         finally:
             attachment.detach()
-    attachment = attach(model, Sum(tuple(methods)), also=beside)
-    with torch.no_grad():
-        for part, (indices, sizes, values) in zip(attachment.parts, supports, strict=True):
-            if part.dense is not None:  # DiffPruning's new parts begin with all entries
-                part.close()
-            part.support(indices, sizes)
-            part.values.copy_(values)
-        for name, value in beside.items():
-            model.get_parameter(name).copy_(value)
-    return attachment
+    return attach_saved(model, Sum(tuple(methods)), saved | beside, attachment.anatomy.drawn)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
+import random
 import sys
 import tempfile
 import time
@@ -79,6 +81,7 @@ def fit(
     """Train what is attached to ``model`` on the task's training split, with AdamW and a linear schedule.
     Where all gradients together are longer than 1, they are shortened to it.
 
+    batch_size: texts of a step, of each process where torchrun has started several.
     lr: peak learning rate.  head_lr: that of the task head, ``lr`` where it is not given.  warmup: share of
     the steps over which the rate rises.  max_length: tokens kept of each text.  Batches hold texts of
     similar length.  ``seed`` fixes the order of the data and the dropout.  keep_less: recompute what is cheap
@@ -98,7 +101,8 @@ def fit(
 
     Raises ValueError if nothing is attached, the method is merged, or the data or a number is impossible;
     FloatingPointError if the loss is no longer finite, the last step included, or no step's gradients are.
-    The parameters are then what they were before, those that the method rewrites included.
+    The parameters are then what they were before, those that the method rewrites included.  What the method
+    has settled by then stays settled, such as which entries it trains.
     """
     attachment = attached(model)
     attachment.check()
@@ -130,7 +134,7 @@ def fit(
     attachment.method.prepare(attachment, DataLoader(data, batch_size=batch_size, collate_fn=collate))
 
     before = {n: t.cpu().clone() for n, t in attachment.state().items() if t.is_floating_point()}
-    steps = math.ceil(epochs * math.ceil(len(data) / batch_size))
+    steps = _steps(len(data), batch_size, epochs)
     optimizer = _optimizer(attachment, lr, lr if head_lr is None else head_lr, weight_decay)
     phases = _Phases(attachment, steps, progress)
     with (
@@ -176,6 +180,7 @@ def fit(
         start = time.perf_counter()
         try:
             trainer.train()
+            seconds = time.perf_counter() - start
             if phases.left_out == steps:
                 raise FloatingPointError(f"the gradients overflow at each of the {steps} steps; {WIDER}")
             trainer.look_again()
@@ -187,7 +192,7 @@ def fit(
             phases.bar.close()
             model.eval()
     attachment.method.finish(attachment)
-    return Fit(tuple(trainer.losses), time.perf_counter() - start)
+    return Fit(tuple(trainer.losses), seconds)
 
 
 def evaluate(
@@ -208,8 +213,9 @@ def evaluate(
     `guidelib.training.text2text.score` for what it writes greedily, unless ``write`` is False.  ``each`` adds
     an array with one entry per item, in the order of the data: whether the answer is right, or the chrF of
     the text.
-    mixed_precision: "no", "bf16" or "fp16", as in ``fit``.  Raises ValueError for a task that is not the
-    model's, an empty split or an impossible number.
+    mixed_precision: "no", "bf16" or "fp16", as in ``fit``.  The model's mode and all random numbers stay what
+    they are: it may be looked at while it trains.  Raises ValueError for a task that is not the model's, an
+    empty split or an impossible number.
     """
     _expect_task(model, task)
     expect(is_whole(batch_size), "batch_size", batch_size, "a whole number of at least 1")
@@ -221,10 +227,10 @@ def evaluate(
     lengths = np.array([len(ids) for ids in data["input_ids"]])
     order = np.argsort(lengths, kind="stable")
     data = data.select(order)  # little padding
-    mixed = torch.autocast(
-        model.device.type, HALF.get(mixed_precision, torch.bfloat16), enabled=mixed_precision != "no"
+    mixed = torch.autocast(  # on the device to which the Trainer takes the model
+        device(), HALF.get(mixed_precision, torch.bfloat16), enabled=mixed_precision != "no"
     )
-    with tempfile.TemporaryDirectory() as folder, _ready(model), mixed:
+    with tempfile.TemporaryDirectory() as folder, _ready(model, keep_mode=True), _own_numbers(), mixed:
         arguments = _one_device(
             folder,
             per_device_eval_batch_size=batch_size,
@@ -245,9 +251,17 @@ def evaluate(
             return found | ({"each": chrf_of_each(written, texts["target"])} if each else {})
         result = trainer.predict(data)
     right = np.empty(len(order), dtype=bool)
-    right[order] = result.predictions.argmax(-1) == result.label_ids
+    logits = result.predictions
+    logits = logits[0] if isinstance(logits, tuple) else logits  # before what the model puts out besides
+    right[order] = logits.argmax(-1) == result.label_ids
     found = {"accuracy": float(right.mean()), "loss": float(result.metrics["test_loss"])}
     return found | ({"each": right} if each else {})
+
+
+def _steps(items: int, batch_size: int, epochs: float) -> int:
+    """How many there are, of each process where torchrun has started several."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    return math.ceil(epochs * math.ceil(math.ceil(items / batch_size) / processes))
 
 
 def _one_device(folder: str, **arguments: Any) -> TrainingArguments:
@@ -261,9 +275,23 @@ def _one_device(folder: str, **arguments: Any) -> TrainingArguments:
 
 
 @contextmanager
-def _ready(model: PreTrainedModel) -> Iterator[None]:
-    """Let the Trainer take ``model`` as it is, and take back what the Trainer and accelerate leave on it."""
-    before = dict(vars(model))
+def _own_numbers() -> Iterator[None]:
+    """The Trainer seeds all generators as it is made; outside they go on as if nothing had been drawn."""
+    python, numbers = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
+
+
+@contextmanager
+def _ready(model: PreTrainedModel, *, keep_mode: bool = False) -> Iterator[None]:
+    """Let the Trainer take ``model`` as it is, and take back what the Trainer and accelerate leave on it and
+    on its configuration, with ``keep_mode`` its modules' modes as well."""
+    before, config = dict(vars(model)), dict(vars(model.config))
+    modes = [(module, module.training) for module in model.modules()] if keep_mode else []
     vars(model).pop("_is_accelerate_prepared", None)  # of another run: this one's autocast would not act
     if getattr(model, "is_quantized", False):
         model._hf_peft_config_loaded = True  # or the Trainer refuses it as a model without adapters
@@ -273,6 +301,9 @@ def _ready(model: PreTrainedModel) -> Iterator[None]:
         training = model.training
         vars(model).clear()  # autocast around the forward pass would act for ever
         vars(model).update(before, training=training)
+        vars(model.config).update(config)
+        for module, mode in modes:
+            module.training = mode
 
 
 def _expect_task(model: PreTrainedModel, task: Task) -> None:
@@ -353,6 +384,7 @@ class _Copies(dict[nn.Parameter, nn.Parameter]):
             )
 
         optimizer.register_step_pre_hook(clip)
+        optimizer.register_step_post_hook(lambda *_: self.give())  # before anyone else looks at the model
 
     @torch.no_grad()
     def take(self) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from guidelib.core.method import expect
+from guidelib.core.method import expect, is_whole
 
 
 @torch.no_grad()
@@ -31,30 +31,38 @@ def generate(
     """What an encoder-decoder writes for each source, in order: greedily, or with ``num_beams`` beams.
 
     max_length: tokens read of each source, and written at most.  Texts of similar length share a batch.
-    Raises TypeError for a model that is not an encoder-decoder.
+    Raises TypeError for a model that is not an encoder-decoder, ValueError for an impossible number, or one
+    text in place of several.
     """
     if not model.config.is_encoder_decoder:
         raise TypeError(
             f"model: a {model.config.model_type} model is given, but an encoder-decoder is accepted"
         )
+    for name, value in (("max_length", max_length), ("batch_size", batch_size), ("num_beams", num_beams)):
+        expect(is_whole(value), name, value, "a whole number of at least 1")
+    expect(not isinstance(sources, str), "sources", sources, "a list of texts")
     written = [""] * len(sources)
-    training = model.training
-    model.eval()
+    modes = [(module, module.training) for module in model.modules()]
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
-    for at in range(0, len(order), batch_size):
-        chosen = order[at : at + batch_size]
-        texts = [sources[i] for i in chosen]
-        inputs = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
-        ids = model.generate(
-            input_ids=inputs["input_ids"].to(model.device),
-            attention_mask=inputs["attention_mask"].to(model.device),
-            max_new_tokens=max_length,
-            num_beams=num_beams,
-            do_sample=False,
-        )
-        for i, text in zip(chosen, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
-            written[i] = text
-    model.train(training)
+    try:
+        model.eval()
+        for at in range(0, len(order), batch_size):
+            chosen = order[at : at + batch_size]
+            texts = [sources[i] for i in chosen]
+            cut = {"truncation": True, "max_length": max_length}
+            inputs = tokenizer(texts, **cut, padding=True, return_tensors="pt")
+            ids = model.generate(
+                input_ids=inputs["input_ids"].to(model.device),
+                attention_mask=inputs["attention_mask"].to(model.device),
+                max_new_tokens=max_length,
+                num_beams=num_beams,
+                do_sample=False,
+            )
+            for i, text in zip(chosen, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
+                written[i] = text
+    finally:
+        for module, mode in modes:
+            module.training = mode
     return written
 
 
@@ -96,7 +104,8 @@ def score(outputs: Sequence[str], references: Sequence[str], sources: Sequence[s
 
 
 def chrf_of_each(outputs: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """The chrF (0 to 100) of each output alone.  Raises as ``score`` does."""
+    """The chrF (0 to 100) of each output alone.  Raises ModuleNotFoundError without sacrebleu, ValueError if
+    the numbers of texts differ."""
     chrf = _chrf()
     return np.array([chrf.sentence_score(o, [r]).score for o, r in zip(outputs, references, strict=True)])
 

@@ -87,10 +87,10 @@ class AdaMix(Adapter):
         if first.dim() == 2:
             return self.consistency * disagreement(first, second).mean()
         labels = batch["labels"]  # per token: where there is one, which a decoder predicts a step ahead
-        if not attachment.model.config.is_encoder_decoder:
+        if attachment.anatomy.predicts_next:
             first, second, labels = first[:, :-1], second[:, :-1], labels[:, 1:]
         labelled = (labels != -100).to(first.dtype)  # as weights: choosing rows would make a GPU wait
-        return self.consistency * (disagreement(first, second) * labelled).sum() / labelled.sum()
+        return self.consistency * (disagreement(first, second) * labelled).sum() / labelled.sum().clamp(min=1)
 
     def finish(self, attachment: Attached) -> None:
         """Replace the experts by one with their mean weights."""

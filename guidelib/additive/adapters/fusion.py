@@ -89,7 +89,7 @@ class AdapterFusion(Method):
         ]
 
     def _fill(self, anatomy: Anatomy, path: str, parts: list[SublayerPart]) -> None:
-        method, tensors = read(anatomy, path)
+        method, tensors, _ = read(anatomy, path)
         expect(method == self.adapter.to_json(), f"adapters: the method in {path!r}", method, self.adapter)
         base = (anatomy.base_parameters().keys() - anatomy.head().keys()) & tensors.keys()
         expect(
@@ -124,7 +124,9 @@ class AdapterFusion(Method):
             if threading.get_ident() == mine:  # others may run passes of their own
                 seen.append(fusion.weights(*h, fusion.added(*h)))
 
-        hooks = [fusion.register_forward_hook(look) for fusion in self._fusions(attachment)]
+        fusions = self._fusions(attachment)
+        expect(bool(fusions), "attachment", attachment.method, "one of this very object, attachment.method")
+        hooks = [fusion.register_forward_hook(look) for fusion in fusions]
         try:
             attachment.model(**batch)
         finally:

@@ -36,7 +36,7 @@ from torch import nn
 
 from guidelib.core.anatomy import ADDED, Anatomy, Body, Site, sites_in
 from guidelib.core.method import Attached, Method, expect, is_number, is_whole
-from guidelib.core.points.part import Part
+from guidelib.core.points.part import Part, hollow
 from guidelib.core.points.side import SideNetwork, SidePart, Trail
 from guidelib.core.points.weight_delta import added_dtype
 
@@ -88,6 +88,8 @@ class LeTS(Method):
         model, (body, network) = attachment.model, self._network(attachment)
         if not network.own or any(own.values.any() for own in network.own.values()):
             return
+        there = not any(hollow(_site(body, int(layer)).weight) for layer in network.own)
+        expect(there, "model", "one whose weights NF4 has released", "one that has them; release() after fit")
         dense = {
             layer: torch.zeros(own.shape, dtype=own.values.dtype, device=own.values.device).requires_grad_()
             for layer, own in network.own.items()

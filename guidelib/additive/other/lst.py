@@ -27,9 +27,9 @@ import torch
 from torch import nn
 
 from guidelib.additive.other import narrow
-from guidelib.core.anatomy import Anatomy, Body, Layers, sites_in
+from guidelib.core.anatomy import Anatomy, Body, Layers, Site, sites_in
 from guidelib.core.method import Attached, Method, expect, is_number, is_whole
-from guidelib.core.points.part import Part
+from guidelib.core.points.part import Part, hollow
 from guidelib.core.points.passes import noted
 from guidelib.core.points.side import OPEN, Again, SideNetwork, SidePart, Trail
 from guidelib.core.points.weight_delta import added_dtype
@@ -68,6 +68,7 @@ class LST(Method):
     def parts(self, anatomy: Anatomy, saved: Mapping[str, torch.Tensor]) -> list[Part]:
         bodies, kept = Anatomy(anatomy.model).bodies(), self.kept(anatomy)
         for stack, body in bodies.items():
+            expect(bool(kept), "layers", "none with a side block", "others than those that are left out")
             expect(stack in kept, "stack", [*kept], "None: both stacks need a side network")
             crossing = any("cross." in site.role for site in sites_in(body.blocks[0], body.names))
             fits = not crossing or "encoder" in bodies and stack == "decoder"
@@ -94,14 +95,20 @@ class LST(Method):
         """
         (part,) = attachment.parts_of(self)
         bodies, ladders = Anatomy(attachment.model).bodies(), part.networks
-        if self.init == "fisher" and self._untouched(bodies, ladders):
+        if self.init != "fisher":
+            return
+        sites = (s for stack, body in bodies.items() for i in ladders[stack].layers for s in _sites(body, i))
+        there = not any(hollow(site.parameter) for site in sites)
+        expect(there, "model", "one whose weights NF4 has released", "one that has them; release() after fit")
+        if self._untouched(bodies, ladders):
             others = [each for each in attachment.parts if each is not part]
-            for each in others:  # of weights that stand in four bits, those of the base count
-                each.unplug()
             try:
+                for each in others:  # of weights that stand in four bits, those of the base count
+                    each.unplug()
                 scores = _fisher(attachment.model, bodies, ladders, batches)
             finally:
                 for each in others:
+                    each.unplug()  # or it could be plugged in twice
                     each.plug()
             self._prune(bodies, ladders, lambda site: site.view(scores[site.parameter]))
 
@@ -159,14 +166,13 @@ def _linear(d_in: int, d_out: int, made: dict[str, Any]) -> nn.Linear:
     return linear
 
 
+def _sites(body: Body, layer: int) -> Iterable[Site]:
+    return sites_in(body.blocks[layer], body.names)
+
+
 def _fisher(model, bodies, ladders, batches) -> dict[nn.Parameter, torch.Tensor]:
     """The mean square of each weight's gradient, over single examples, in the backbone as it is alone."""
-    sites = [
-        site
-        for stack, body in bodies.items()
-        for layer in ladders[stack].layers
-        for site in sites_in(body.blocks[layer], body.names)
-    ]
+    sites = [s for stack, body in bodies.items() for i in ladders[stack].layers for s in _sites(body, i)]
     weights = list(dict.fromkeys(site.parameter for site in sites))
     total = {weight: torch.zeros_like(weight, dtype=torch.float32) for weight in weights}
     examples = (

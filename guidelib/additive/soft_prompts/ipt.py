@@ -99,12 +99,15 @@ def fit_space(
     """Learn the space of ``prompts`` (l, d_model), one of each task, in ``d`` numbers.
 
     losses: of each task, what a prompt costs there, P -> a scalar; None for the reconstruction alone.  Each
-    step takes one task in turn.  Returns the space, frozen.
+    step takes one task in turn.  Returns the space, frozen.  Raises ValueError for prompts of several shapes,
+    and impossible numbers.
     """
-    shapes = {tuple(prompt.shape) for prompt in prompts}
-    expect(len(shapes) == 1, "prompts", sorted(shapes) or "none", "one or more of the same shape")
+    shapes = {tuple(getattr(prompt, "shape", ())) for prompt in prompts}
+    right = len(shapes) == 1 and len(min(shapes)) == 2
+    expect(right, "prompts", sorted(shapes) or "none", "one or more of the same shape (l, d_model)")
     stacked = torch.stack([prompt.detach().float() for prompt in prompts])
-    for name, value in (("d", d), ("hidden", hidden)):
+    expect(bool(stacked.isfinite().all()), "prompts", "NaN or infinity", "finite numbers")
+    for name, value in (("d", d), ("hidden", hidden), ("steps", steps)):
         expect(is_whole(value), name, value, "a whole number of at least 1")
     right = losses is None or len(losses) == len(prompts)
     expect(right, "losses", f"{len(losses or ())} of them", f"one for each of the {len(prompts)} prompts")
@@ -120,7 +123,7 @@ def fit_space(
             again = space(stacked[i])
             loss = losses[i](again) + 200 * (again - stacked[i]).square().mean()
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward(inputs=[*space.parameters()])  # and nothing of the model that the losses run
         optimizer.step()
     return space.requires_grad_(False)
 
@@ -129,8 +132,8 @@ def fit_space(
 class IPT(Method):
     """A prompt of ``length`` vectors that is decoded from ``d`` trained numbers.
 
-    space: the file of a PromptSpace with these sizes; None draws a decoder with ``hidden`` numbers in its
-    middle from ``seed``.  ``finish`` keeps the prompt alone.
+    space: the file of a PromptSpace with these sizes, which has to stay there until ``finish`` keeps the
+    prompt alone; None draws a decoder with ``hidden`` numbers in its middle from ``seed``.
     """
 
     length: int = 20

@@ -2,8 +2,8 @@
 
     H_k = [P; H_k]  before block k        P: (l, d) trained, or made of the text: P = W_2 relu(W_1 mean(H_k))
 
-Nothing below block k is trained, so the backward pass ends there, and the blocks below are no longer than the
-text.  count = l d; with the generator (NPG in the paper) m (d + 1) + l d (m + 1), for W_1 (m, d) and W_2 (l
+Nothing below block k is trained, so the backward pass ends there, and below it the sequence is the text
+alone.  count = l d; with the generator (NPG in the paper) m (d + 1) + l d (m + 1), for W_1 (m, d) and W_2 (l
 d, m) with biases.  It does not merge.
 
 Our reading: the prompt has no positions, since those are added before the first block: rotary embeddings do
@@ -54,8 +54,9 @@ class LatePromptTuning(Method):
             len(blocks) == whole,
             "layers",
             f"a restriction to {len(blocks)}",
-            f"all {whole}, or layer={self.layer}",
+            f"all {whole}; layer= says where the prompt joins",
         )
+        expect(whole > 1, "model", "one of a single layer", "one of two or more, to join between them")
         layer = whole // 2 if self.layer is None else self.layer
         expect(1 <= layer < whole, "layer", layer, f"from 1 to {whole - 1} in this model")
         attentions = [a for a in anatomy.attentions() if a.stack == body.stack]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from guidelib.additive.soft_prompts.prompt import Several
+from guidelib.additive.soft_prompts.prompt import Several, Vectors
 from guidelib.additive.soft_prompts.reparametrized import MLP
 from guidelib.core.anatomy import ADDED, Anatomy, Attention, Body, Targets
 from guidelib.core.method import Attached, Method, expect, is_whole
@@ -74,7 +74,7 @@ class PrefixTuning(Method):
     def flat(self, length: int, width: int, like: torch.Tensor) -> nn.Module:
         start = torch.empty(self.tasks, length, 2, width, device=like.device, dtype=added_dtype(like))
         start.normal_(std=0.02)
-        return Flat(start[0]) if self.tasks == 1 else Several(start)
+        return Vectors(start[0]) if self.tasks == 1 else Several(start)
 
     def shape(self, attention: Attention) -> tuple[int, int, torch.Tensor]:
         """P, the width of a key, and a tensor of the right kind."""
@@ -87,21 +87,10 @@ class PrefixTuning(Method):
         parts = attachment.parts_of(self)
         for part in parts:
             if isinstance(part, PrefixPart) and isinstance(part.prefix, Slice):
-                part.prefix = Flat(part.prefix().clone())
+                part.prefix = Vectors(part.prefix().clone())  # (P, 2, width): keys, values
         for part in parts:
             if isinstance(part, Made):
                 part.E = part.encoder = None
-
-
-class Flat(nn.Module):
-    """The keys and values of one attention."""
-
-    def __init__(self, start: torch.Tensor):
-        super().__init__()
-        self.P = nn.Parameter(start)
-
-    def forward(self, rows: int = 1) -> torch.Tensor:
-        return self.P  # (P, 2, width): keys, values
 
 
 class Made(Part):

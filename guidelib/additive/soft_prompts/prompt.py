@@ -78,7 +78,8 @@ class PromptTuning(Method):
             (i for word in words for i in (word if isinstance(word, tuple) else (word,))), default=0
         )
         expect(largest < n, "init", largest, f"token ids below {n}, the size of the vocabulary")
-        rows = [table[torch.tensor(word, device=table.device)].view(-1, body.width).mean(0) for word in words]
+        ids = [torch.tensor(word, device=table.device) for word in words]
+        rows = [body.embedding(of).detach().view(-1, body.width).mean(0) for of in ids]  # as a text has them
         own = [row[None].to(**like) for row in rows]
         return torch.cat((*own, frequent(body, self.length - len(words))))
 
@@ -119,7 +120,7 @@ def frequent(body: Body, n: int, generator: torch.Generator | None = None) -> to
     table = body.embedding.weight.detach()
     where = table.device if generator is None else "cpu"
     drawn = torch.randint(min(FREQUENT, len(table)), (n,), generator=generator, device=where)
-    return table[drawn.to(table.device)].to(added_dtype(table))
+    return body.embedding(drawn.to(table.device)).detach().to(added_dtype(table))
 
 
 def first_body(anatomy: Anatomy) -> Body:

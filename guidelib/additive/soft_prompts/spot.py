@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from guidelib.additive.soft_prompts.prompt import Vectors, first_body, frequent
-from guidelib.core.anatomy import Anatomy
+from guidelib.core.anatomy import ADDED, Anatomy
 from guidelib.core.files import read
 from guidelib.core.method import Method, expect, is_number, is_whole
 from guidelib.core.points.context import PromptPart
@@ -71,18 +71,23 @@ class SPoT(Method):
 def read_prompt(anatomy: Anatomy, path: str | os.PathLike) -> torch.Tensor:
     """The prompt (l, d) of a file.  Raises as ``load`` does, and ValueError if there is not exactly one."""
     tensors = read(anatomy, path)[1]
-    found = [tensor for name, tensor in tensors.items() if name.endswith(".prompt.P") and tensor.dim() == 2]
-    expect(
-        len(found) == 1, "sources", f"{os.path.basename(path)!r} with {len(found)} prompts", "files with one"
-    )
+    others = (f"{ADDED}.LatePromptTuning", f"{ADDED}.WARP")  # states of another layer, or a mask among them
+    found = [
+        tensor
+        for name, tensor in tensors.items()
+        if name.endswith(".prompt.P") and tensor.dim() == 2 and not name.startswith(others)
+    ]
+    file = f"{os.path.basename(path)!r} with {len(found)} prompts before a text"
+    expect(len(found) == 1, "sources", file, "files with one")
     return found[0]
 
 
 def prompt_similarity(prompts: Sequence[torch.Tensor], *, pairs: bool = False) -> torch.Tensor:
     """How alike n prompts (l, d) are, (n, n): cosines of their mean vectors or, with ``pairs``, mean cosines
-    over all pairs of their vectors."""
-    if pairs:
-        unit = torch.stack([F.normalize(prompt.double(), dim=-1) for prompt in prompts])
-        return torch.einsum("ild,jmd->ij", unit, unit) / unit.shape[1] ** 2
+    over all pairs of their vectors.  Raises ValueError for none."""
+    expect(len(prompts) > 0, "prompts", prompts, "one or more")
+    if pairs:  # the mean of all products is the product of the means
+        unit = torch.stack([F.normalize(prompt.double(), dim=-1).mean(0) for prompt in prompts])
+        return unit @ unit.T
     means = F.normalize(torch.stack([prompt.double().mean(0) for prompt in prompts]), dim=-1)
     return means @ means.T

@@ -4,8 +4,9 @@ Hambardzumyan, Khachatrian and May 2021, arXiv:2101.00121.
     E' = [P; mask; E(x)],    scores = V h_mask        P: (l, d),  V: (C, d), both trained
 
 h_mask is the last state of the masked token, V has a vector for each of C classes: the head.  count = (l + C)
-d, and C biases, which the head of transformers has besides.  The model was pretrained to say at such a place
-what is missing there, and the prompt asks it in a way that the classes can be read off.
+d, and d more where the mask is trained; and C biases, which the head of transformers has besides.  The model
+was pretrained to say at such a place what is missing there, and the prompt asks it in a way that the classes
+can be read off.
 
 Our reading: the vectors stand before the text, where the authors' stand around it as well; and a backbone
 that has lost its mask token in later training gets one to train.
@@ -23,6 +24,7 @@ from torch import nn
 from guidelib.additive.soft_prompts.prompt import Vectors, first_body, frequent
 from guidelib.core.anatomy import Anatomy
 from guidelib.core.method import Method, expect, is_whole
+from guidelib.core.points import passes
 from guidelib.core.points.context import PromptPart, text_of
 from guidelib.core.points.part import Part
 from guidelib.core.points.weight_delta import added_dtype
@@ -67,14 +69,20 @@ class Masked(PromptPart):
     body ends, so that every head reads it, whatever it makes of a text."""
 
     def _text(self, output: Any, start: torch.Tensor | None) -> Any:
-        return text_of(output, self._read)
+        return text_of(output, lambda states: self._read(states, start))
 
     def _pool(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (self._read(args[0]), *args[1:])
+        return (self._read(args[0], passes.notes().get(self)), *args[1:])
 
-    def _read(self, states: torch.Tensor) -> torch.Tensor:
+    def _read(self, states: torch.Tensor, start: torch.Tensor | None) -> torch.Tensor:
+        """``start``: how many places of each text are padding, before which the prompt does not stand."""
         n = self.length
-        return states[:, n - 1 : n].expand(-1, states.shape[1] - n, -1)
+        if start is None:
+            masked = states[:, n - 1 : n]
+        else:
+            at = (start + n - 1).unsqueeze(-1).expand(-1, 1, states.shape[2])
+            masked = states.gather(1, at)
+        return masked.expand(-1, states.shape[1] - n, -1)
 
 
 class WithMask(nn.Module):

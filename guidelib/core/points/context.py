@@ -70,7 +70,10 @@ class PromptPart(Part):
     def _before(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         """Around the body: the prompt goes in, and what comes out is the text's."""
         given = dict(zip(self._arguments, args, strict=False)) | kwargs
-        tokens, embedded = given.pop("input_ids", None), given.get("inputs_embeds")
+        tokens, embedded = given.get("input_ids"), given.get("inputs_embeds")
+        if (tokens is None) == (embedded is None):
+            return call(*args, **kwargs)  # which says what is wrong
+        given.pop("input_ids", None)
         if embedded is None:
             embedded = self.body.embedding(tokens)
         mask, cache = given.get("attention_mask"), cache_in(given)
@@ -185,6 +188,8 @@ class LatePart(Part):
         since a block may be left out."""
         given = dict(zip(arguments(call.module), args, strict=False)) | kwargs
         tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+        if tokens is None:
+            return call(*args, **kwargs)  # which says what is wrong
         passes.remember(call.module)
         with passes.noted({self: _Seat(tokens.shape[1])}):
             return text_of(call(*args, **kwargs), self._out)
@@ -201,11 +206,20 @@ class LatePart(Part):
         seat = passes.notes()[self]
         states, mask, cache = given.get("hidden_states"), given.get("attention_mask"), cache_in(given)
         _expect_growing(cache, self.name)
+        if cache is not None and layer < len(cache.layers):
+            window = getattr(cache.layers[layer], "sliding_window", None)
+            n = max(length, cache.get_seq_length(layer)) + states.shape[1]
+            if window is not None and n >= window:  # the layer would drop the prompt first
+                raise ValueError(
+                    f"use_cache: {self.name} and {n - length} tokens do not fit into the {window} places of "
+                    "this model's sliding window, to which a cache is cut; use_cache=False is accepted"
+                )
         new = cache is None or not cache.get_seq_length(layer)  # or the prompt is in the cache already
         if new and seat.layer in (None, layer):  # this one, when it is computed again
             seat.layer, seat.text = layer, states.shape[1]  # beside another part's prompt
             given["hidden_states"] = join(self._made(states, mask), states, None)
         if mask is not None:
+            expect_places(mask, self.name)
             given["attention_mask"] = self._seen(mask, new)
         if (bias := given.get("position_bias")) is not None:
             given["position_bias"] = F.pad(bias, (length, 0, length if new else 0, 0))
@@ -215,7 +229,8 @@ class LatePart(Part):
             given["position_embeddings"] = tuple(
                 F.pad(turn, (0, 0, length, 0), value=value) for turn, value in zip(turns, (1, 0), strict=True)
             )  # cosines of 1 and sines of 0
-        output = call(**given)
+        # as they came: reentrant checkpointing has gradients for what it is given by position
+        output = call(*[given.pop(name) for name in self._arguments[: len(args)]], **given)
         single = not isinstance(output, tuple)
         states, *rest = (output,) if single else output
         if bias is not None:  # T5's is handed on to the next block
@@ -379,8 +394,10 @@ ALL_ATTENTION_FUNCTIONS.register(_Config._attn_implementation, _attend)
 
 def text_of(output: Any, out: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """A body's output with ``out`` of its states."""
-    if isinstance(output, tuple):
-        return (out(output[0]), *output[1:])
+    if isinstance(output, tuple):  # with the states of all layers behind it, (B, T, d) each
+        states = (isinstance(x, tuple) and x and x[0] is not None and x[0].dim() == 3 for x in output[1:])
+        rest = zip(output[1:], states, strict=True)
+        return (out(output[0]), *(tuple(map(out, x)) if mine else x for x, mine in rest))
     output.last_hidden_state = out(output.last_hidden_state)
     if (states := getattr(output, "hidden_states", None)) is not None:
         output.hidden_states = tuple(map(out, states))
@@ -390,6 +407,15 @@ def text_of(output: Any, out: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 def arguments(module: nn.Module) -> list[str]:
     """The names of the arguments of the module's own forward, in order."""
     return [*inspect.signature(type(module).forward).parameters][1:]
+
+
+def expect_places(mask: Any, name: str) -> None:
+    """Raise ValueError unless a block's mask says for each token what it sees."""
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
+        raise ValueError(
+            f"attn_implementation must be 'sdpa' or 'eager' beside {name}; "
+            "model.set_attn_implementation('sdpa') changes it"
+        )
 
 
 def text_in(mask: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from torch import nn
 from guidelib.core.anatomy import Anatomy
 from guidelib.core.method import Wrapper, expect
 from guidelib.core.points import passes
-from guidelib.core.points.context import PrefixPart, arguments, text_in
+from guidelib.core.points.context import PrefixPart, arguments, expect_places, text_in
 from guidelib.core.points.part import Part
 from guidelib.core.points.passes import Call
 from guidelib.core.points.sublayer import SublayerPart
@@ -44,8 +44,10 @@ class Gated(Wrapper):
 
     def parts(self, anatomy: Anatomy, saved: Mapping[str, torch.Tensor]) -> list[Part]:
         name = type(self.method).__name__
-        if self.method.select(anatomy) or self.method.rewrites(anatomy):
-            raise ValueError(f"method must train or rewrite nothing of the base to be gated, got {name}")
+        members = getattr(self.method, "methods", (self.method,))
+        mine = [type(m).__name__ for m in members if m.select(anatomy) or m.rewrites(anatomy)]
+        if mine:
+            raise ValueError(f"method must train or rewrite nothing of the base to be gated, got {mine[0]}")
         backwards = {each.stack for each in anatomy.attentions("self") if each.looks_back}
         texts, parts = Texts(self, anatomy), self.method.parts(anatomy, saved)
         for part in parts:
@@ -91,6 +93,8 @@ class Texts(Part):
     def _see(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(arguments(call.module), args, strict=False)) | kwargs
         masks = {name: given[name] for name in (OWN, OTHER) if given.get(name) is not None}
+        for mask in masks.values():
+            expect_places(mask, self.name)
         with passes.noted({self: {name: text_in(mask) for name, mask in masks.items()}}):
             return self.frame(call, *args, **kwargs)
 

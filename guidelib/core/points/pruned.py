@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -142,4 +143,13 @@ def _reading(kind: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Modu
 
         return property(read)
 
-    return type(kind.__name__, (kind,), {a: reading(a) for a in attributes} | {"__module__": kind.__module__})
+    def reduced(module: nn.Module, protocol: int) -> tuple[Any, ...]:
+        return _blank, (kind, attributes), module.__dict__  # no module holds this class for pickle to find
+
+    own = {"__module__": kind.__module__, "__reduce_ex__": reduced}
+    return type(kind.__name__, (kind,), {a: reading(a) for a in attributes} | own)
+
+
+def _blank(kind: type[nn.Module], attributes: tuple[str, ...]) -> nn.Module:
+    made = _reading(kind, attributes)
+    return made.__new__(made)

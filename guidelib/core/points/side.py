@@ -142,6 +142,9 @@ class SidePart(Part):
         """Around a body: it leaves a trail, and its network's state takes the place of its own."""
         if OPEN in passes.notes():
             return call(*args, **kwargs)
+        for module in self.closed:
+            if module.training:  # a part of the model was put in training mode by itself
+                self._modes[module], module.training = True, False
         body = next(body for body in self._bodies if body.module is call.module)
         given = dict(zip(self._arguments[call.module], args, strict=False)) | kwargs
         network = self.networks[body.stack] if body.stack in self.networks else None
