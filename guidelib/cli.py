@@ -24,7 +24,7 @@ def _in_a_sentence() -> Iterator[None]:
 
 @app.command()
 def compare(
-    name: Annotated[str, typer.Argument(help="minilm, transfer, ... or a YAML file of your own")],
+    name: Annotated[str, typer.Argument(help="minilm, domains, ... or a YAML file of your own")],
     jobs: Annotated[int, typer.Option(help="processes of one thread each")] = 1,
 ) -> None:
     """Run an experiment, or what is left of it.  Start it as often as you like: nothing is made twice.

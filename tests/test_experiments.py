@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,8 +27,8 @@ import guidelib as gl
 from guidelib import experiments
 from guidelib.cli import app
 from guidelib.experiments import Comparison, Results, Setting, compare, load_results, read_plan
-from guidelib.experiments.base import Arm, pack, score, unpack
-from guidelib.experiments.transfer import ALL, OWN, Transfer, Way
+from guidelib.experiments.base import KEY, Arm, pack, score, unpack
+from guidelib.experiments.transfer import ALL, OWN, Transfer, Way, overall
 from guidelib.experiments.work import _begin, _lock, _locked, _work, add, read, work
 from guidelib.materials.tasks import load_task
 
@@ -262,6 +263,7 @@ def test_a_failure_while_writing_keeps_the_file_as_it_was(tiny):
 def test_a_file_of_other_settings_is_refused_and_kept(tiny, change):
     experiment, path = tiny
     _begin(experiment, path)
+    add(path, experiment, run_of(1e-3, 0, 0.5, task="tweets", method="lora"))
     before = path.read_text()
     with pytest.raises(ValueError, match="tiny.json was made with other settings; move it away"):
         work(replace(experiment, **change), path)
@@ -271,6 +273,7 @@ def test_a_file_of_other_settings_is_refused_and_kept(tiny, change):
 def test_results_of_other_versions_are_not_put_together(tiny, monkeypatch):
     experiment, path = tiny
     _begin(experiment, path)
+    add(path, experiment, run_of(1e-3, 0, 0.5, task="tweets", method="lora"))
     monkeypatch.setattr(gl, "__version__", "99")
     with pytest.raises(ValueError, match="tiny.json was made with other provenance"):
         work(experiment, path)
@@ -580,10 +583,30 @@ def test_scores_on_the_other_domains_choose_the_nearest(transferred):
     for run in made(result, "few: the nearest adapter"):
         others = {
             r["task"]: r["across"][run["task"]]["validation"]["accuracy"]
-            for r in TRANSFER.own(result)
+            for r in TRANSFER.chosen(result, OWN)
             if r["seed"] == run["seed"] and r["task"] != run["task"]
         }
         assert others[run["nearest"]] == max(others.values())
+
+
+def test_all_domains_together_are_one_task_of_their_means(transferred):
+    result, _ = transferred
+    one = overall(result)
+    found = {row.method: row for row in compare(one, OWN)}
+    assert list(found) == list(WAYS)
+    for label, row in found.items():
+        assert (row.task, row.lr) == (ALL, TRANSFER.best_rate(result, label))
+        chosen = [run for run in made(result, label) if run["lr"] == row.lr]
+        if label == "one adapter for all":
+            chosen = [run["across"][name] | {"seed": run["seed"]} for run in chosen for name in PLACES]
+        means = [np.mean([score(run) for run in chosen if run["seed"] == seed]) for seed in (0, 1)]
+        assert row.scores == pytest.approx(means)
+    lost = [r if r["seed"] else {name: r[name] for name in KEY} | {"diverged": True} for r in result["runs"]]
+    for run in overall(result | {"runs": lost})["runs"]:
+        nothing = {"accuracy": 0, "loss": np.inf}
+        assert run["seed"] or (run["validation"], run["test"]) == (nothing, nothing)
+    some = [run for run in result["runs"] if run["task"] != "here"]
+    assert {r["method"] for r in overall(result | {"runs": some})["runs"]} == {"one adapter for all"}
 
 
 def test_the_weights_of_a_fusion_are_shares(transferred):
@@ -654,7 +677,7 @@ def test_spot_starts_from_the_prompt_that_suits_the_target_best(prompts):
     for run in made(prompts, "SPoT"):
         fits = {
             r["task"]: -r["across"]["Acts"]["validation"]["loss"]
-            for r in TO_ACTS.own(prompts)
+            for r in TO_ACTS.chosen(prompts, OWN)
             if r["seed"] == run["seed"] and r["task"] != "Acts"
         }
         assert run["nearest"] == max(fits, key=fits.get)
@@ -713,3 +736,61 @@ def test_the_command_refuses_in_a_sentence(arguments, words):
     outcome = CliRunner().invoke(app, arguments)
     assert outcome.exit_code == 2 and not isinstance(outcome.exception, ValueError)
     assert words in " ".join(outcome.output.replace("│", "").split())
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "words"),
+    [
+        ("head: {type: HeadOnly, rate: 1.0e-2}", "head: HeadOnly", "head must be a mapping such as"),
+        ("head: {type: HeadOnly, rate: 1.0e-2}", "head:", "head must be a mapping such as"),
+        ("  head: {type", "  8: {type", "methods: label must be a text: put it in quotes, got 8"),
+        ("  head: {type", "  no: {type", "methods: label must be a text: put it in quotes, got False"),
+        ("tweets: {train: 16}", "tweets: 16", "tweets must be a mapping such as {train: 2000}, got 16"),
+        (
+            "tasks:\n  tweets: {train: 16}",
+            "tasks: [tweets]",
+            "tasks must be a mapping with one entry or more",
+        ),
+        ("tasks:\n  tweets: {train: 16}", "", "tasks must be a mapping with one entry or more, got None"),
+        (
+            "{type: LoRA, r: 2, rate",
+            "{sum: [{type: NF4}], r: 2, rate",
+            "lora: beside sum and rate must be nothing",
+        ),
+    ],
+)
+def test_the_commonest_slips_in_a_plan_are_named(tmp_path, was, now, words):
+    (tmp_path / "my.yaml").write_text(PLAN.replace(was, now))
+    with pytest.raises(ValueError, match="my.yaml is not a plan of a comparison: .*" + re.escape(words)):
+        read_plan(tmp_path / "my.yaml")
+
+
+def test_a_plan_that_made_no_run_may_be_corrected(tiny):
+    comparison, path = tiny
+    _begin(replace(comparison, batch_size=1), path)
+    _begin(comparison, path)
+    assert read(path)["settings"]["batch_size"] == comparison.batch_size
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"a": 1}'])
+def test_a_file_that_is_no_result_is_refused(tiny, text):
+    comparison, path = tiny
+    path.write_text(text)
+    for action in (lambda: work(comparison, path), lambda: load_results(str(path))):
+        with pytest.raises(ValueError, match="path must be the file of a result, got 'tiny.json'"):
+            action()
+
+
+def test_a_way_of_a_transfer_has_the_rate_of_all_its_tasks(transferred):
+    result, _ = transferred
+    for label in WAYS:
+        lr = TRANSFER.best_rate(result, label)
+        for task in {run["task"] for run in made(result, label)} - {ALL}:
+            (row,) = compare(result, label, task=task, methods=())
+            assert (row.lr, len(row.scores)) == (lr, SIZES["seeds"])
+    assert result["items"] == {name: len(TASK.test) for name in PLACES}
+
+
+def test_the_matrix_is_that_of_the_domains_alone(transferred):
+    with pytest.raises(ValueError, match="result must be the transfer between domains"):
+        experiments.across(transferred[0])

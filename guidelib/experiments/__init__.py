@@ -13,7 +13,7 @@ from guidelib.core.method import expect
 from guidelib.experiments import earlier
 from guidelib.experiments.base import Experiment, Results, Row
 from guidelib.experiments.comparison import Comparison, Setting, read_plan
-from guidelib.experiments.transfer import DOMAINS, PROMPTS, Transfer
+from guidelib.experiments.transfer import DOMAINS, PROMPTS, Transfer, across, overall
 from guidelib.experiments.verdict import Verdict, best_runs, compare
 from guidelib.experiments.work import read, work
 
@@ -24,17 +24,19 @@ __all__ = [
     "Setting",
     "Transfer",
     "Verdict",
+    "across",
     "best_runs",
     "compare",
     "earlier",
     "experiment",
     "load_results",
     "names",
+    "overall",
     "read_plan",
     "run",
 ]
 PLANS, RESULTS = Path(__file__).parent / "plans", Path(__file__).parent / "results"
-TRANSFERS = {"transfer": DOMAINS, "prompts": PROMPTS}
+TRANSFERS = {"domains": DOMAINS, "prompts": PROMPTS}
 
 
 def names() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,8 +127,8 @@ def read_plan(path: Path) -> Comparison:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
         expect(isinstance(settings, dict), "plan", settings, "a mapping with backbone, tasks and methods")
-        tasks = {name: Setting(**{"task": name} | (given or {})) for name, given in settings["tasks"].items()}
-        methods = {label: _method(label, dict(given)) for label, given in settings["methods"].items()}
+        tasks = {name: _setting(name, given) for name, given in _entries(settings, "tasks")}
+        methods = {label: _method(label, given) for label, given in _entries(settings, "methods")}
         plan = Comparison(**settings | {"tasks": tasks, "methods": methods})
         plan.check()
     except (yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError) as error:
@@ -135,12 +136,29 @@ def read_plan(path: Path) -> Comparison:
     return plan
 
 
-def _method(label: str, given: dict[str, Any]) -> tuple[Method | None, float]:
+def _entries(settings: dict[str, Any], name: str) -> Iterable[tuple[str, Any]]:
+    """What stands under ``name``.  YAML reads some labels as numbers or truth values; JSON has texts only."""
+    found = settings.get(name)
+    expect(isinstance(found, dict) and found, name, found, "a mapping with one entry or more")
+    for label in found:
+        expect(isinstance(label, str), f"{name}: label", label, "a text: put it in quotes")
+    return found.items()
+
+
+def _setting(name: str, given: Any) -> Setting:
+    expect(given is None or isinstance(given, dict), name, given, "a mapping such as {train: 2000}")
+    return Setting(**{"task": name} | (given or {}))
+
+
+def _method(label: str, given: Any) -> tuple[Method | None, float]:
+    expect(isinstance(given, dict), label, given, "a mapping such as {type: LoRA, r: 8, rate: 4.0e-3}")
     if not given:
         return None, 0.0
+    given = dict(given)
     rate = given.pop("rate", None)
     expect(isinstance(rate, float) and rate > 0, f"{label}: rate", rate, "a learning rate such as 4.0e-3")
     members = given.pop("sum", None)
+    expect(not (members and given), f"{label}: beside sum and rate", given, "nothing")
     method = Sum(tuple(map(Spec.from_json, members))) if members else Spec.from_json(given)
     expect(isinstance(method, Method), label, given, "a method such as {type: LoRA, r: 8}")
     return method, rate

@@ -6,7 +6,11 @@ What the first seed has learned for each task stays in a folder beside the resul
 
 from __future__ import annotations
 
+import math
+import statistics
 import tempfile
+from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +22,7 @@ from guidelib.additive.soft_prompts.prompt import PromptTuning
 from guidelib.additive.soft_prompts.spot import SPoT, read_prompt
 from guidelib.core.anatomy import Anatomy
 from guidelib.core.attaching import Attachment, attach, load
-from guidelib.core.method import Method, Spec
+from guidelib.core.method import Method, Spec, expect
 from guidelib.experiments.base import Arm, Experiment, Results, Row, score
 from guidelib.experiments.comparison import Setting
 from guidelib.selective.anchors import HeadOnly
@@ -120,7 +124,7 @@ class Transfer(Experiment):
         if way.start in ("nearest", "SPoT"):
             fits = {
                 run["task"]: score(run["across"][name], "validation")
-                for run in self.own(result)
+                for run in self.chosen(result, OWN)
                 if run["seed"] == seed and run["task"] != name and "across" in run
             }
             if not fits:
@@ -157,10 +161,14 @@ class Transfer(Experiment):
         arm = next(arm for arm in self.arms() if arm.method == label)
         return Results(self, result["runs"]).rates(arm)[1]
 
-    def own(self, result: Row) -> list[Row]:
-        """The runs of way OWN at its best rate."""
-        lr = self.best_rate(result, OWN)
-        return [run for run in result["runs"] if (run["method"], run["lr"]) == (OWN, lr)]
+    def chosen(self, result: Row, label: str) -> list[Row]:
+        """The runs of a way at the learning rate that was chosen for it."""
+        lr = self.best_rate(result, label)
+        return [run for run in result["runs"] if (run["method"], run["lr"]) == (label, lr)]
+
+    def facts(self) -> Row:
+        """The sizes of the test splits."""
+        return {"items": {name: len(setting.data().test) for name, setting in self.tasks.items()}}
 
     def tidy(self, result: Row, folder: Path) -> None:
         for path in set(folder.glob("*.safetensors")) - set(self.kept(result, folder).values()):
@@ -244,10 +252,37 @@ PROMPTS = Transfer(  # English of 1611 into that of today, and back; all are sco
 
 
 def across(result: Row) -> dict[str, dict[str, list[float]]]:
-    """Test accuracy in per cent of what was learned for each domain on each domain, one for each seed."""
+    """Test accuracy in per cent of what was learned for each domain on each domain, one for each seed.
+    ``result``: of `DOMAINS`."""
     domains = result["settings"]["tasks"]
+    expect(list(domains) == list(DOMAINS.tasks), "result", list(domains), "the transfer between domains")
     found = {trained: {tested: [] for tested in domains} for trained in domains}
-    for run in DOMAINS.own(result):
+    for run in DOMAINS.chosen(result, OWN):
         for tested in domains:
             found[run["task"]][tested].append(score(run.get("across", {}).get(tested, {})))
     return found
+
+
+def overall(result: Row) -> Row:
+    """The transfer between domains with ALL as its one task, for `compare`: its scores are the means over
+    the domains.  (A way that is trained on all of them together has a validation score of that kind.)
+    Where a domain is missing, so is the run.
+    """
+    domains, same, runs = list(result["settings"]["tasks"]), defaultdict(dict), []
+    for run in result["runs"]:
+        same[run["method"], run["lr"], run["seed"]][run["task"]] = run
+    for (method, lr, seed), made in same.items():
+        key = {"task": ALL, "method": method, "lr": lr, "seed": seed}
+        if ALL in made:
+            tested = [made[ALL].get("across", {}).get(name, {}) for name in domains]
+            runs.append(key | _mean([made[ALL]], "validation") | _mean(tested, "test"))
+        elif len(made) == len(domains):
+            runs.append(key | _mean(made.values(), "validation") | _mean(made.values(), "test"))
+    return result | {"settings": result["settings"] | {"tasks": {ALL: {}}}, "runs": runs}
+
+
+def _mean(runs: Collection[Row], split: str) -> Row:
+    """The mean accuracy and loss of runs, one that diverged among them."""
+    accuracy = statistics.mean(score(run, split) / 100 for run in runs)
+    losses = [run[split]["loss"] if split in run else math.inf for run in runs]
+    return {split: {"accuracy": accuracy, "loss": statistics.mean(losses)}}

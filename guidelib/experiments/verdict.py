@@ -116,17 +116,20 @@ def _best(result: Row, task: str, label: str) -> Verdict | None:
     """What the runs say of a method alone; None if its rate is not chosen yet."""
     settings = result["settings"]
     tuning = min(settings["tuning_seeds"], settings["seeds"])
-    runs = [run for run in result["runs"] if (run["task"], run["method"]) == (task, label)]
-    tried = {}
+    shared = "targets" in settings  # a way of a Transfer has one rate for all of its tasks
+    runs = [run for run in result["runs"] if run["method"] == label and (shared or run["task"] == task)]
+    tasks, tried = {run["task"] for run in runs}, {}
+    if task not in tasks:
+        return None
     for lr in sorted({run["lr"] for run in runs}):
         first = [run for run in runs if run["lr"] == lr and run["seed"] < tuning]
-        if len(first) == tuning:
+        if len(first) == tuning * len(tasks):
             tried[lr] = preference(first)
     if not tried:
         return None
     lr = max(tried, key=tried.get)
     rates = {lr: mean for lr, (mean, _) in tried.items()}
-    scores = {run["seed"]: score(run) for run in runs if run["lr"] == lr}
+    scores = {run["seed"]: score(run) for run in runs if (run["task"], run["lr"]) == (task, lr)}
     return Verdict(task, label, lr, rates, tuple(scores[seed] for seed in sorted(scores)))
 
 

@@ -55,10 +55,10 @@ def work(experiment: Experiment, path: Path, *, jobs: int = 1, progress: bool = 
 
 
 def _begin(experiment: Experiment, path: Path) -> None:
-    """Make the file with no run in it, or see that the one that is there belongs to ``experiment``."""
+    """Make the file with no run in it, or see that the runs that are there belong to ``experiment``."""
     expected = {"settings": experiment.to_json(), "provenance": provenance()}
     with _locked(path):
-        if not path.exists():
+        if not path.exists() or not read(path)["runs"]:
             _write(path, expected | experiment.facts() | {"runs": []})
     stored = read(path)
     for name, value in expected.items():
@@ -140,8 +140,14 @@ def add(path: Path, experiment: Experiment, run: Row) -> None:
 
 
 def read(path: Path) -> Row:
-    """What the file holds."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """What the file holds.  Raises ValueError if that is no result."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        result = None
+    parts = {"settings", "provenance", "runs"}
+    expect(isinstance(result, dict) and parts <= set(result), "path", path.name, "the file of a result")
+    return result
 
 
 def provenance() -> Row:
