@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from guidelib.core.anatomy import ADDED
+from guidelib.core.modes import modes_kept
 from guidelib.core.values import has_values
 from guidelib.costs.shapes import LooksHold, MasksOnShapes, NumbersOnShapes, on_shapes
 from guidelib.training import recompute
@@ -158,23 +159,21 @@ def prepared(
     inputs = _inputs(model, batch)
     first = next(model.parameters())
     shapes = LooksHold() if first.is_meta else nullcontext() if has_values(first) else NumbersOnShapes(model)
-    modes, switched_off = [(module, module.training) for module in model.modules()], []
-    random = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
-    try:
-        model.train(train)
-        for module in () if dropout else model.modules():
-            for name in ("p",) if isinstance(module, nn.Dropout) else DROPOUTS:
-                if isinstance(getattr(module, name, None), float):
-                    switched_off.append((module, name, getattr(module, name)))
-                    setattr(module, name, 0.0)
-        with torch.set_grad_enabled(train), random, shapes:
-            torch.manual_seed(0)
-            yield inputs
-    finally:
-        for module, name, value in switched_off:
-            setattr(module, name, value)
-        for module, training in modes:
-            module.training = training
+    random, switched_off = torch.random.fork_rng(devices=range(torch.cuda.device_count())), []
+    with modes_kept(model):
+        try:
+            model.train(train)
+            for module in () if dropout else model.modules():
+                for name in ("p",) if isinstance(module, nn.Dropout) else DROPOUTS:
+                    if isinstance(getattr(module, name, None), float):
+                        switched_off.append((module, name, getattr(module, name)))
+                        setattr(module, name, 0.0)
+            with torch.set_grad_enabled(train), random, shapes:
+                torch.manual_seed(0)
+                yield inputs
+        finally:
+            for module, name, value in switched_off:
+                setattr(module, name, value)
 
 
 # transformers keeps some dropout probabilities as numbers and applies them by function

@@ -39,6 +39,7 @@ from transformers import (
 
 from guidelib.core.attaching import Attachment, attached
 from guidelib.core.method import expect, is_number, is_whole
+from guidelib.core.modes import modes_kept
 from guidelib.machine import device
 from guidelib.materials.tasks import SPLITS, Task
 from guidelib.training import recompute
@@ -230,7 +231,7 @@ def evaluate(
     mixed = torch.autocast(  # on the device to which the Trainer takes the model
         device(), HALF.get(mixed_precision, torch.bfloat16), enabled=mixed_precision != "no"
     )
-    with tempfile.TemporaryDirectory() as folder, _ready(model, keep_mode=True), _own_numbers(), mixed:
+    with tempfile.TemporaryDirectory() as folder, modes_kept(model), _ready(model), _own_numbers(), mixed:
         arguments = _one_device(
             folder,
             per_device_eval_batch_size=batch_size,
@@ -287,11 +288,10 @@ def _own_numbers() -> Iterator[None]:
 
 
 @contextmanager
-def _ready(model: PreTrainedModel, *, keep_mode: bool = False) -> Iterator[None]:
+def _ready(model: PreTrainedModel) -> Iterator[None]:
     """Let the Trainer take ``model`` as it is, and take back what the Trainer and accelerate leave on it and
-    on its configuration, with ``keep_mode`` its modules' modes as well."""
+    on its configuration."""
     before, config = dict(vars(model)), dict(vars(model.config))
-    modes = [(module, module.training) for module in model.modules()] if keep_mode else []
     vars(model).pop("_is_accelerate_prepared", None)  # of another run: this one's autocast would not act
     if getattr(model, "is_quantized", False):
         model._hf_peft_config_loaded = True  # or the Trainer refuses it as a model without adapters
@@ -302,8 +302,6 @@ def _ready(model: PreTrainedModel, *, keep_mode: bool = False) -> Iterator[None]
         vars(model).clear()  # autocast around the forward pass would act for ever
         vars(model).update(before, training=training)
         vars(model.config).update(config)
-        for module, mode in modes:
-            module.training = mode
 
 
 def _expect_task(model: PreTrainedModel, task: Task) -> None:

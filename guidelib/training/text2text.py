@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from guidelib.core.method import expect, is_whole
+from guidelib.core.modes import modes_kept
 
 
 @torch.no_grad()
@@ -42,15 +43,13 @@ def generate(
         expect(is_whole(value), name, value, "a whole number of at least 1")
     expect(not isinstance(sources, str), "sources", sources, "a list of texts")
     written = [""] * len(sources)
-    modes = [(module, module.training) for module in model.modules()]
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
-    try:
+    cut = {"truncation": True, "max_length": max_length}
+    with modes_kept(model):
         model.eval()
         for at in range(0, len(order), batch_size):
             chosen = order[at : at + batch_size]
-            texts = [sources[i] for i in chosen]
-            cut = {"truncation": True, "max_length": max_length}
-            inputs = tokenizer(texts, **cut, padding=True, return_tensors="pt")
+            inputs = tokenizer([sources[i] for i in chosen], **cut, padding=True, return_tensors="pt")
             ids = model.generate(
                 input_ids=inputs["input_ids"].to(model.device),
                 attention_mask=inputs["attention_mask"].to(model.device),
@@ -60,9 +59,6 @@ def generate(
             )
             for i, text in zip(chosen, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
                 written[i] = text
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return written
 
 
