@@ -17,11 +17,12 @@ from transformers import AutoConfig, AutoModel, BertConfig, BertForMaskedLM
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import guidelib as gl
+from guidelib.core.batches import singles
 from guidelib.core.files import write
 from guidelib.core.points import sparse_delta
 from guidelib.core.points.sparse_delta import SparseDelta
 from guidelib.core.points.weight_space import WeightSpacePart
-from guidelib.selective.fish_mask import _log_likelihoods, fisher, singles
+from guidelib.selective.fish_mask import _log_likelihoods, fisher
 
 
 def part_of(attachment) -> SparseDelta:

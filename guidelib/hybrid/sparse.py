@@ -33,7 +33,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from guidelib.additive.soft_prompts.prefix import PrefixTuning
 from guidelib.core.anatomy import Anatomy
+from guidelib.core.batches import Batch, loss
 from guidelib.core.method import Attached, Delegate, Method, Sum, Wrapper, expect, is_number, within
+from guidelib.core.modes import modes_kept
 from guidelib.core.points.part import Part
 from guidelib.core.points.pruned import Pruned
 from guidelib.core.points.sublayer import SublayerPart
@@ -44,7 +46,6 @@ SCORES = ("random", "magnitude", "snip", "grasp", "synflow")
 BATCHES = 4  # that a gradient is summed over
 ROUNDS = 100  # of SynFlow, as in its paper
 
-Batch = Mapping[str, torch.Tensor]
 Matrices = dict[str, torch.Tensor]
 
 
@@ -98,14 +99,11 @@ class Sparse(Wrapper):
         """Choose the entries, unless they have been trained."""
         (pruned,) = attachment.parts_of(self)
         if not (pruned.trained or pruned.is_whole or self.score == "random"):
-            model = attachment.model
-            training = model.training
-            model.eval()
-            try:
-                scores = self.scores(model, pruned, batches)
-            finally:
-                pruned.whole = None
-                model.train(training)
+            with modes_kept(attachment.model):
+                try:
+                    scores = self.scores(attachment.model.eval(), pruned, batches)
+                finally:
+                    pruned.whole = None
             flat = torch.cat([score.flatten() for score in scores.values()])
             if not flat.any():
                 raise ValueError(f"score must not be {self.score!r} here, where it is 0 for all entries")
@@ -132,7 +130,7 @@ def gradient(model: nn.Module, pruned: Pruned, start: Matrices, batches: list[Ba
     whole = _compute_with(pruned, start)
     total = [torch.zeros_like(w) for w in whole]
     for batch in batches:
-        _add(total, torch.autograd.grad(_loss(model, batch), whole, materialize_grads=True))
+        _add(total, torch.autograd.grad(loss(model, batch), whole, materialize_grads=True))
     return dict(zip(start, total, strict=True))
 
 
@@ -143,7 +141,7 @@ def curved(model: nn.Module, pruned: Pruned, start: Matrices, batches: list[Batc
     total = [torch.zeros_like(w) for w in whole]
     for batch in batches:
         with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no second derivatives
-            first = torch.autograd.grad(_loss(model, batch), whole, create_graph=True, materialize_grads=True)
+            first = torch.autograd.grad(loss(model, batch), whole, create_graph=True, materialize_grads=True)
             along = sum((a * b).sum() for a, b in zip(first, g, strict=True))
             _add(total, torch.autograd.grad(along, whole, materialize_grads=True))
     return dict(zip(start, total, strict=True))
@@ -184,12 +182,6 @@ def _compute_with(pruned: Pruned, matrices: Matrices) -> list[torch.Tensor]:
     """Let the parts compute with these matrices, whole ones, and get gradients for them."""
     pruned.whole = {name: w.detach().clone().requires_grad_() for name, w in matrices.items()}
     return [*pruned.whole.values()]
-
-
-def _loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Of a batch without labels the sum of the first output stands in for it."""
-    output = model(**{name: rows.to(model.device) for name, rows in batch.items()})[0]
-    return output if "labels" in batch else output.sum()
 
 
 def _add(total: list[torch.Tensor], gradients: Iterable[torch.Tensor]) -> None:

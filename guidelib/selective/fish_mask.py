@@ -15,7 +15,7 @@ size off k; here it is counted apart, as for every method.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +23,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from guidelib.core.anatomy import Anatomy
+from guidelib.core.batches import Batch, singles
 from guidelib.core.method import Attached, expect, is_whole
+from guidelib.core.modes import modes_kept
 from guidelib.core.points.sparse_delta import Selecting
 
 SCORES = ("expected", "empirical", "magnitude", "random")
-Example = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,33 +48,26 @@ class FishMask(Selecting):
         expect(self.score in SCORES, "score", self.score, f"one of {', '.join(SCORES)}")
         expect(is_whole(self.samples), "samples", self.samples, "a whole number of at least 1")
 
-    def prepare(self, attachment: Attached, batches: Iterable[Example]) -> None:
+    def prepare(self, attachment: Attached, batches: Iterable[Batch]) -> None:
         part = self.part(attachment)
         if part.trained or self.score == "random":
             return
         if self.score == "magnitude":
             part.choose(p.detach().abs() for p in part.chosen_from)
             return
-        model, training = attachment.model, attachment.model.training
+        model = attachment.model
         examples = itertools.islice(singles(batches, model.device), self.samples)
-        part.open()
-        try:
-            scores = fisher(model.eval(), [*part.dense], examples, self.score == "expected")
-        finally:
-            part.close()
-            model.train(training)
+        with modes_kept(model):
+            part.open()
+            try:
+                scores = fisher(model.eval(), [*part.dense], examples, self.score == "expected")
+            finally:
+                part.close()
         part.choose(scores)
 
 
-def singles(batches: Iterable[Example], device: torch.device) -> Iterator[Example]:
-    """The examples of the batches, as batches of one."""
-    for batch in batches:
-        for i in range(len(next(iter(batch.values())))):
-            yield {name: rows[i : i + 1].to(device) for name, rows in batch.items()}
-
-
 def fisher(
-    model: nn.Module, parameters: Sequence[torch.Tensor], examples: Iterable[Example], expected: bool
+    model: nn.Module, parameters: Sequence[torch.Tensor], examples: Iterable[Batch], expected: bool
 ) -> list[torch.Tensor]:
     """The diagonal of the Fisher information of ``parameters``, as the mean over ``examples``."""
     total, seen = [torch.zeros_like(p) for p in parameters], 0
@@ -96,7 +90,7 @@ def _ahead(model: nn.Module) -> bool:
 
 
 def _log_likelihoods(
-    outputs, example: Example, expected: bool, generator: torch.Generator, ahead: bool = False
+    outputs, example: Batch, expected: bool, generator: torch.Generator, ahead: bool = False
 ) -> list[tuple[float, torch.Tensor]]:
     """Labels' probabilities and log-likelihoods.  Of tokens it is the mean; of an example without labels the
     sum of the first output stands in for it."""

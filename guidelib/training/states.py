@@ -28,6 +28,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from guidelib.core.anatomy import Anatomy
 from guidelib.core.attaching import Attachment
 from guidelib.core.method import expect
+from guidelib.core.modes import modes_kept
 from guidelib.core.points import passes
 from guidelib.core.points.part import Part
 from guidelib.core.points.passes import Call
@@ -192,7 +193,7 @@ def _bottom(parts: list[Part], blocks: tuple[nn.Module, ...]) -> list[nn.Module]
 
 def _moved(model: nn.Module, batch: Batch, blocks: list[nn.Module]) -> set[nn.Module]:
     """Those of ``blocks`` whose states depend on something that is trained, before or beside them."""
-    moved, training = set(), model.training
+    moved: set[nn.Module] = set()
 
     def look(module: nn.Module, args: Any, output: Any) -> None:
         if (output[0] if isinstance(output, tuple) else output).requires_grad:
@@ -200,12 +201,11 @@ def _moved(model: nn.Module, batch: Batch, blocks: list[nn.Module]) -> set[nn.Mo
 
     hooks = [block.register_forward_hook(look) for block in blocks]
     try:
-        with torch.enable_grad():
+        with modes_kept(model), torch.enable_grad():
             model.eval()(**{name: tensor.to(model.device) for name, tensor in batch.items()})
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(training)
     return moved
 
 

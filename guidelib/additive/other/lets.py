@@ -28,15 +28,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from guidelib.core.anatomy import ADDED, Anatomy, Body, Site, sites_in
+from guidelib.core.batches import Batch, loss
 from guidelib.core.method import Attached, Method, expect, is_number, is_whole
-from guidelib.core.points.part import Part, hollow
+from guidelib.core.modes import modes_kept
+from guidelib.core.points.part import Part, expect_there
 from guidelib.core.points.side import SideNetwork, SidePart, Trail
 from guidelib.core.points.weight_delta import added_dtype
 
@@ -80,7 +84,7 @@ class LeTS(Method):
         gated = not saved or f"{start}gates" in saved
         return [SidePart(self, anatomy, {last: Shared(body, own, self.hidden, gated)})]
 
-    def prepare(self, attachment: Attached, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
+    def prepare(self, attachment: Attached, batches: Iterable[Batch]) -> None:
         """Choose the places of the deltas, unless they have been trained.
 
         Of a batch without labels the sum of the first output stands in for the loss.
@@ -88,29 +92,21 @@ class LeTS(Method):
         model, (body, network) = attachment.model, self._network(attachment)
         if not network.own or any(own.values.any() for own in network.own.values()):
             return
-        there = not any(hollow(_site(body, int(layer)).weight) for layer in network.own)
-        expect(there, "model", "one whose weights NF4 has released", "one that has them; release() after fit")
+        expect_there(_site(body, int(layer)).weight for layer in network.own)
         dense = {
             layer: torch.zeros(own.shape, dtype=own.values.dtype, device=own.values.device).requires_grad_()
             for layer, own in network.own.items()
         }
         total = {layer: torch.zeros_like(zeros) for layer, zeros in dense.items()}
-        handles, training = [], model.training
-        try:
+        with modes_kept(model), ExitStack() as hooks:
             for layer, own in network.own.items():
-                beside = lambda module, args, output, D=dense[layer]: output + F.linear(args[0], D)  # noqa: E731
-                handles.append(own.register_forward_hook(beside))
+                hook = own.register_forward_hook(partial(_beside, dense[layer]))
+                hooks.callback(hook.remove)
             model.eval()  # in which all gates are open at the start
             for batch in itertools.islice(batches, BATCHES):
-                output = model(**{name: rows.to(model.device) for name, rows in batch.items()})[0]
-                loss = output if "labels" in batch else output.sum()
-                gradients = torch.autograd.grad(loss, [*dense.values()])
+                gradients = torch.autograd.grad(loss(model, batch), [*dense.values()])
                 for layer, gradient in zip(dense, gradients, strict=True):
                     total[layer] += gradient
-        finally:
-            model.train(training)
-            for handle in handles:
-                handle.remove()
         for layer, own in network.own.items():
             sensitivity = _site(body, int(layer)).weight * total[layer]
             own.index.copy_(_largest(sensitivity, len(own.index)))
@@ -208,6 +204,10 @@ class Shared(SideNetwork):
         soft = torch.sigmoid(logits)
         hard = (logits > 0).to(soft.dtype)
         return dict(zip(self.own, hard + (soft - soft.detach()), strict=True))
+
+
+def _beside(D: torch.Tensor, own: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+    return output + F.linear(args[0], D)
 
 
 def _site(body: Body, layer: int) -> Site:

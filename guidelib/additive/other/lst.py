@@ -28,8 +28,9 @@ from torch import nn
 
 from guidelib.additive.other import narrow
 from guidelib.core.anatomy import Anatomy, Body, Layers, Site, sites_in
+from guidelib.core.batches import Batch, loss, singles
 from guidelib.core.method import Attached, Method, expect, is_number, is_whole
-from guidelib.core.points.part import Part, hollow
+from guidelib.core.points.part import Part, expect_there
 from guidelib.core.points.passes import noted
 from guidelib.core.points.side import OPEN, Again, SideNetwork, SidePart, Trail
 from guidelib.core.points.weight_delta import added_dtype
@@ -88,7 +89,7 @@ class LST(Method):
                 kept.setdefault(stack, []).append(layer)
         return kept
 
-    def prepare(self, attachment: Attached, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
+    def prepare(self, attachment: Attached, batches: Iterable[Batch]) -> None:
         """Start from what the Fisher information of the backbone's weights lets stand.
 
         Of a batch without labels the sum of the first output stands in for the loss.
@@ -98,8 +99,7 @@ class LST(Method):
         if self.init != "fisher":
             return
         sites = (s for stack, body in bodies.items() for i in ladders[stack].layers for s in _sites(body, i))
-        there = not any(hollow(site.parameter) for site in sites)
-        expect(there, "model", "one whose weights NF4 has released", "one that has them; release() after fit")
+        expect_there(site.parameter for site in sites)
         if self._untouched(bodies, ladders):
             others = [each for each in attachment.parts if each is not part]
             try:
@@ -175,19 +175,13 @@ def _fisher(model, bodies, ladders, batches) -> dict[nn.Parameter, torch.Tensor]
     sites = [s for stack, body in bodies.items() for i in ladders[stack].layers for s in _sites(body, i)]
     weights = list(dict.fromkeys(site.parameter for site in sites))
     total = {weight: torch.zeros_like(weight, dtype=torch.float32) for weight in weights}
-    examples = (
-        {name: rows[i : i + 1].to(model.device) for name, rows in batch.items()}
-        for batch in batches
-        for i in range(len(next(iter(batch.values()))))
-    )
     try:
         for weight in weights:
             weight.requires_grad_(True)
-        for example in itertools.islice(examples, EXAMPLES):
+        for example in itertools.islice(singles(batches, model.device), EXAMPLES):
             with noted({OPEN: True}):
-                output = model(**example)[0]
-            loss = output if "labels" in example else output.sum()
-            for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+                value = loss(model, example)
+            for weight, gradient in zip(weights, torch.autograd.grad(value, weights), strict=True):
                 total[weight] += gradient.float().square()
     finally:
         for weight in weights:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 import torch
 from torch import nn
 
-from guidelib.core.method import Method
+from guidelib.core.method import Method, expect
 from guidelib.core.points.passes import Detour, framed
 
 Place = tuple[int, tuple[int, int] | None]  # id of a parameter, and which of its rows; None for all
@@ -135,3 +135,9 @@ def put(parameter: torch.Tensor, value: torch.Tensor) -> None:
 def hollow(tensor: torch.Tensor) -> bool:
     """Whether it is a stand-in without memory (see ``nf4.release``), into which nothing can be written."""
     return tensor.numel() > 1 and not any(tensor.stride())
+
+
+def expect_there(weights: Iterable[torch.Tensor]) -> None:
+    """Raises ValueError if one of them is hollow."""
+    there = not any(map(hollow, weights))
+    expect(there, "model", "one whose weights NF4 has released", "one that has them; release() after fit")
