@@ -20,7 +20,7 @@ def slope(s, scores, V, v):
 
 
 @exercise(
-    hint="The scores are (T, P + T). Only the part on the right, those of the text, gets the triangle.",
+    hint="The scores are (T, l + T). Only the part on the right, those of the text, gets the triangle.",
     inputs=[draw((t, 8), (t, 8), (t, 8), (p, 8), (p, 8)) for t, p in ((5, 2), (3, 4), (4, 1))],
     tolerance=1e-5,
 )
