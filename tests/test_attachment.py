@@ -948,3 +948,33 @@ def test_a_file_says_what_was_drawn(tmp_path):
         assert not Anatomy(copied).drawn
         gl.load(copied, path)
         assert torch.equal(copied(ids).pooler_output, wanted)
+
+
+@pytest.mark.parametrize("backbone", ["tiny-bert", "tiny-gpt2"])
+def test_rows_and_entries_of_one_map_count_once(backbone):
+    model = build(backbone)
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rows = gl.FAR(keep=0.1, targets=("q", "ffn.in"))
+    attachment = gl.attach(model, rows + gl.FishMask(0.3, targets=("q", "k", "v", "ffn.in")))
+    randomise(attachment)
+    counted, head = attachment.count().changed, attachment.anatomy.head().keys()
+    attachment.merge()
+    changed = sum(int((p != base[name]).sum()) for name, p in model.named_parameters() if name in base)
+    assert counted == changed + sum(
+        int((base[n] == p).sum()) for n, p in model.named_parameters() if n in head
+    )
+
+
+def test_what_a_parametrization_has_taken_is_given_back():
+    model = build("tiny-bert")
+    head, key = model.classifier, model.base_model.encoder.layer[0].attention.self.key
+    wanted = head.weight.detach().clone()
+    attachment = gl.attach(model, gl.LoRA(r=2))
+    for layer in (head, key):
+        torch.nn.utils.parametrize.register_parametrization(layer, "weight", torch.nn.Identity())
+    with torch.no_grad():
+        head.parametrizations.weight.original.add_(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attachment.detach()
+    assert head.weight.equal(wanted) and all(p.requires_grad for p in model.parameters())

@@ -13,10 +13,11 @@ import transformers
 from safetensors.torch import load_file
 
 import guidelib as gl
+from guidelib.core.anatomy import Anatomy
 from guidelib.materials import checkpoints
 from guidelib.materials.backbones import _NAMED, MeanPoolClassifier, blank_backbone, load_backbone
 from guidelib.materials.checkpoints import MINILM_HUB, MINILM_SHA256, SMOLLM2_GGUF, minilm_folder
-from guidelib.materials.configs import TINY
+from guidelib.materials.configs import TINY, load_config
 from guidelib.materials.tasks import load_task
 
 ROOT = Path(__file__).parent.parent
@@ -422,6 +423,9 @@ def test_smollm2_is_converted_once_and_answers(tmp_path, monkeypatch, task, caps
         file.truncate(1000)
     with pytest.raises(ValueError, match="model.safetensors has sha256 .* run `rm -r '.*smollm2-b179c952'`"):
         load_backbone("smollm2")
+    next(tmp_path.rglob("config.json")).write_text("{}")
+    with pytest.raises(ValueError, match="config.json has sha256 .* run `rm -r '"):
+        load_config("smollm2")
 
 
 def test_smollm2_says_what_is_missing(tmp_path, monkeypatch):
@@ -522,9 +526,23 @@ def test_a_head_and_a_collator_agree_on_padding(tmp_path):
     assert torch.allclose(both[0], model(**tokenizer(texts[:1], return_tensors="pt")).logits[0], atol=1e-5)
 
 
+def test_an_encoder_counts_its_positions_from_its_own_padding(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.RobertaConfig(vocab_size=384, pad_token_id=1, max_position_embeddings=40, **sizes)
+    transformers.RobertaModel(config).save_pretrained(tmp_path / "o" / "r")
+    transformers.ByT5Tokenizer().save_pretrained(tmp_path / "o" / "r")  # whose padding is 0
+    model, _ = gl.load_backbone(f"{tmp_path}/o/r")
+    assert model.config.pad_token_id == model.embeddings.padding_idx == 1
+    assert Anatomy(model).bodies()["encoder"].first == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(dict(dtype="bfloat16"), "dtype: got 'bfloat16'"), (dict(seed="a"), "seed: got 'a'")],
+    [
+        (dict(dtype="bfloat16"), "dtype: got 'bfloat16'"),
+        (dict(dtype=torch.int64), "dtype: got torch.int64"),
+        (dict(seed="a"), "seed: got 'a'"),
+    ],
 )
 def test_a_type_or_seed_that_is_none_is_refused(arguments, words):
     with pytest.raises(ValueError, match=words):

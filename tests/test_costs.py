@@ -574,8 +574,11 @@ def test_no_layer_is_left_out_by_chance():
     model, inputs = build("tiny-bart"), batch("tiny-bart")
     gl.attach(model, gl.LoRA(r=2))
     whole = costs.flops(model, inputs), costs.saved_bytes(model, inputs)
+    kept = costs.saved_bytes(model, inputs, dropout=True)
     model.model.encoder.layerdrop = 0.9
     assert (costs.flops(model, inputs), costs.saved_bytes(model, inputs)) == whole
+    assert costs.saved_bytes(model, inputs, dropout=True) == kept
+    assert gl.measure(model, inputs, dropout=True).predicted.saved_bytes == kept
     assert model.model.encoder.layerdrop == 0.9
 
 
@@ -625,15 +628,15 @@ def test_the_positions_that_a_model_counts_from_are_not_room():
         gl.predict("tiny-roberta", gl.LoRA(r=2), batch=1, length=257)
 
 
-@pytest.mark.parametrize("change", ["eager", "gelu_new", "float mask", "position_ids"])
+@pytest.mark.parametrize("change", ["eager", "gelu_new", "relu", "float mask", "position_ids"])
 def test_where_the_closed_form_does_not_hold_there_is_none(change):
     model, inputs = build("tiny-bert"), batch("tiny-bert")
     gl.attach(model, gl.LoRA(r=2))
     assert closed_form.predict(model, inputs) is not None
     if change == "eager":
         model.set_attn_implementation("eager")
-    elif change == "gelu_new":
-        model.config.hidden_act = "gelu_new"
+    elif change in ("gelu_new", "relu"):
+        model.config.hidden_act = change
     elif change == "float mask":
         inputs["attention_mask"] = inputs["attention_mask"].float()
     else:

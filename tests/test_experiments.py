@@ -757,6 +757,8 @@ def test_the_command_refuses_in_a_sentence(arguments, words):
             "{sum: [{type: NF4}], r: 2, rate",
             "lora: beside sum and rate must be nothing",
         ),
+        ("{type: LoRA, r: 2, rate", "{sum: {type: LoRA}, rate", "lora: sum must be a list such as"),
+        ("{type: LoRA, r: 2, rate", "{sum: [], rate", "lora: sum must be a list such as"),
     ],
 )
 def test_the_commonest_slips_in_a_plan_are_named(tmp_path, was, now, words):

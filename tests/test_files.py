@@ -563,6 +563,14 @@ def test_a_small_file_is_not_work_for_minutes(bert, saved, method):
     assert time.process_time() - start < 3
 
 
+@pytest.mark.parametrize("drawn", ["5", "null", "[[1]]", "[{}]", '["no.such"]'])
+def test_what_was_drawn_is_a_list_of_names(bert, saved, drawn):
+    tensors, metadata = contents(saved)
+    before = Snapshot(bert)
+    store(tensors, saved, metadata | {"drawn": drawn})
+    assert refused(bert, before, saved)
+
+
 def test_no_more_is_made_than_a_file_holds(bert, saved, monkeypatch):
     """And no random numbers are drawn for what its tensors cannot be."""
     tensors, metadata = contents(saved)

@@ -7,6 +7,7 @@ import copy
 import linecache
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from common import (
 )
 from packaging.version import Version
 from torch.func import functional_call, grad, jvp, vmap
+from torch.utils.checkpoint import checkpoint
 
 import guidelib as gl
 from guidelib.core.anatomy import ADDED
@@ -355,14 +357,21 @@ def test_11_checkpointing_gives_the_same_gradients(attached):
     randomise(attachment)
     model.train()  # with dropout, whose draws have to be repeated in the recomputation
     gradients = []
-    for _ in range(2):
+    for reentrant in (None, False, True):
+        if reentrant is not None:
+            gl.checkpointing(model)
+            for module in model.modules():  # in either of torch's ways
+                if hasattr(module, "_gradient_checkpointing_func"):
+                    module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=reentrant)
+            model.enable_input_require_grads()
         torch.manual_seed(3)
         step(model, inputs)
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-        gl.checkpointing(model)
-    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
-    for name, gradient in gradients[0].items():
-        assert (gradient - gradients[1][name]).abs().max() < 1e-12, name
+    wanted, *others = gradients
+    for found in others:
+        assert wanted.keys() == found.keys() and wanted
+        for name, gradient in wanted.items():
+            assert (gradient - found[name]).abs().max() < 1e-12, name
 
 
 def leaves(model):

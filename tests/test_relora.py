@@ -416,3 +416,13 @@ def test_an_interrupted_restart_does_not_count_an_update_twice(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         attachment.method.after_step(attachment, 2, 4, optimizer)
     assert (outputs(model, inputs) - wanted).abs().max() < 1e-9
+
+
+def test_a_training_that_goes_on_from_a_file_draws_other_directions(tmp_path):
+    model = build("tiny-bert")
+    attachment = gl.attach(model, gl.ReLoRA(r=2))
+    first = [part.seed for part in attachment.parts]
+    path = attachment.save(tmp_path / "relora.safetensors")
+    attachment.detach()
+    again = [part.seed for part in gl.load(model, path).parts]
+    assert not {*first} & {*again}

@@ -563,3 +563,26 @@ def test_weights_that_were_released_choose_nothing():
         nf4.release(model)
         with pytest.raises(ValueError, match="model must be one that has them; release"):
             getattr(attachment.method, phase)(attachment, [inputs])
+
+
+def test_a_trained_side_network_is_prepared_again_without_the_base_weights():
+    for method in (gl.LeTS(keep=0.02), gl.LST(4, init="fisher")):
+        model, inputs = build("tiny-llama"), batch("tiny-llama")
+        attachment = gl.attach(model, gl.NF4() + method)
+        attachment.method.prepare(attachment, [inputs])
+        randomise(attachment)
+        wanted = copy.deepcopy(attachment.state())
+        nf4.release(model)
+        attachment.method.prepare(attachment, [inputs])
+        state = attachment.state()
+        assert all(state[name].equal(tensor) for name, tensor in wanted.items() if name in state)
+
+
+@pytest.mark.parametrize("method", [gl.LeTS(keep=0.02), gl.LST(4, init="fisher"), gl.AttentionFusion()])
+def test_what_looks_at_data_or_measures_leaves_the_modes_to_give_back(method):
+    model, inputs = build("tiny-bert").train(), batch("tiny-bert")
+    attachment = gl.attach(model, method)
+    attachment.method.prepare(attachment, [inputs])
+    gl.measure(model, inputs)
+    attachment.detach()
+    assert all(module.training for module in model.modules())

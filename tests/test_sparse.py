@@ -22,6 +22,7 @@ from guidelib.core.files import write
 from guidelib.core.points import sparse_delta
 from guidelib.core.points.sparse_delta import SparseDelta
 from guidelib.core.points.weight_space import WeightSpacePart
+from guidelib.reparametrization import nf4
 from guidelib.selective.fish_mask import _log_likelihoods, fisher
 
 
@@ -488,3 +489,12 @@ def test_an_encoders_tokens_are_scored_at_their_own_places():
     weight = model.bert.encoder.layer[0].output.dense.weight
     (expected,) = fisher(model, [weight], [inputs], expected=True)
     assert expected.any()
+
+
+def test_weights_that_were_released_have_no_size_to_choose_by():
+    model = build("tiny-bert")
+    mask = gl.FishMask(0.01, targets=("q", "v"), score="magnitude")
+    attachment = gl.attach(model, gl.NF4(targets="q") + mask)
+    nf4.release(model)
+    with pytest.raises(ValueError, match="model must be one that has them; release"):
+        attachment.method.prepare(attachment, [])

@@ -390,6 +390,14 @@ def test_vectors_are_never_pruned():
     assert names and not any("gating" in name for name in names)
 
 
+def test_vectors_that_multiply_may_stand_beside_what_is_pruned():
+    model = build("tiny-bert")
+    attachment = gl.attach(model, gl.Sparse(gl.PfeifferAdapter(4) + gl.IA3(), 0.25, "magnitude"))
+    attachment.method.prepare(attachment, [])
+    (pruned,) = attachment.parts_of(attachment.method)
+    assert {type(part.method) for part in pruned.holders} == {gl.PfeifferAdapter}
+
+
 @pytest.mark.parametrize("method", [gl.IA3(tasks=2), gl.FLoRA(r=2)])
 def test_what_multiplies_is_not_pruned(method):
     with pytest.raises(ValueError, match="method must be one that adds, for which 0 is nothing"):

@@ -242,6 +242,8 @@ def test_a_question_stays_whole_behind_half_a_character():
         ("It was", ("bad", "good"), "question"),
         ("{}{}", ("bad", "good"), "question"),
         ("{} It", ("bad",), "answers"),
+        ({}, ("bad", "good"), "question"),
+        (["{} It"], ("bad", "good"), "question"),
     ],
 )
 def test_what_cannot_be_asked_is_named(question, answers, name):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import datasets
@@ -545,6 +546,21 @@ def test_an_evaluation_leaves_the_random_numbers_and_the_modes_alone():
     assert [module.training for module in model.modules()] == modes
 
 
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16", "fp16"])
+def test_a_look_during_a_training_changes_nothing_and_sees_what_there_is(mixed_precision):
+    model, losses, seen = build("tiny-bert", dtype=torch.float32), [], []
+    for looks in (True, False):
+        attachment = gl.attach(model, gl.LoRA(r=2))
+        look = lambda: seen.append(gl.evaluate(model, TASK, TOKENIZER, max_length=32)["loss"])  # noqa: E731
+        with gl.recording(look) if looks else nullcontext():
+            fitted = gl.fit(model, TASK, TOKENIZER, **QUICK | dict(mixed_precision=mixed_precision))
+        losses.append(fitted.losses)
+        if looks:
+            assert seen[-1] == gl.evaluate(model, TASK, TOKENIZER, max_length=32)["loss"] != seen[0]
+        attachment.detach()
+    assert losses[0] == losses[1]
+
+
 def test_the_configuration_stays_what_it_is():
     model = build("tiny-gpt2", dtype=torch.float32)
     config = transformers.GPT2Config(**model.config.to_diff_dict() | {"num_labels": 2, "use_cache": True})
@@ -565,6 +581,8 @@ def test_what_a_model_puts_out_besides_is_not_scored():
 def test_each_of_several_processes_takes_its_share_of_the_steps(monkeypatch):
     assert training._steps(64, 16, 1.5) == 6
     monkeypatch.setenv("WORLD_SIZE", "2")
+    assert training._steps(64, 16, 1.5) == 6  # a scheduler's, which started one process
+    monkeypatch.setenv("LOCAL_RANK", "0")
     assert training._steps(64, 16, 1.5) == 3
 
 

@@ -146,6 +146,11 @@ def _attach(
     return Attachment(model, method, anatomy, parts, selected, method.rewrites(anatomy), saved)
 
 
+def _plain(name: str) -> str:
+    """The name of a parameter before torch's parametrizations took it, if they have."""
+    return name.replace("parametrizations.", "").removesuffix(".original")
+
+
 def _several(names: list[str]) -> str:
     return repr(names[0]) + f" and {len(names) - 1} more" * (len(names) > 1)
 
@@ -306,7 +311,7 @@ class Attachment:
             self._kept[name] = copied(parameter)
 
     def _unmerge_weights(self) -> None:
-        parameters = dict(self.model.named_parameters())
+        parameters = {_plain(name): p for name, p in self.model.named_parameters()}
         for name, kept in self._kept.items():
             if name in parameters:  # or its layer was taken out meanwhile
                 put(parameters[name], kept)
@@ -331,7 +336,7 @@ class Attachment:
             return
         for part in self.parts:
             part.unplug()
-        parameters = dict(self.model.named_parameters())
+        parameters = {_plain(name): p for name, p in self.model.named_parameters()}
         if not merged:
             self._unmerge_weights()
             for part in self.parts:
@@ -387,7 +392,7 @@ class Attachment:
     def _unknown(self) -> list[str]:
         """The names of the base's parameters that were unfrozen after ``attach``."""
         parameters = self.anatomy.base_parameters().items()
-        return [name for name, p in parameters if p.requires_grad and name not in self._originals]
+        return [name for name, p in parameters if p.requires_grad and _plain(name) not in self._originals]
 
     def state(self) -> dict[str, torch.Tensor]:
         """What a file holds: the added tensors, and the base parameters that are changed in place.  Raises

@@ -134,7 +134,7 @@ def read(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         method, base = json.loads(metadata.get("method", "0")), json.loads(metadata.get("base", "0"))
         drawn = frozenset(json.loads(metadata.get("drawn", "[]")))
-    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
+    except (safetensors.SafetensorError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"path: {path.name!r} is damaged or no safetensors file ({error})") from error
     if metadata.get("format") not in (FORMAT, FIRST):
         raise ValueError(f"path: {path.name!r} was not saved by guidelib (format {metadata.get('format')!r})")

@@ -11,9 +11,11 @@ from torch import nn
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Each module has the mode again that it has now, however the block ends."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training, getattr(module, "held", None)) for module in model.modules()]
     try:
         yield
     finally:
-        for module, training in modes:
+        for module, training, held in modes:
             module.training = training
+            if held is not None:  # by a part, which will give them back to others: see side.py
+                module.held = held

@@ -26,7 +26,7 @@ from guidelib.core.points.sublayer import SublayerPart
 from guidelib.core.points.weight_delta import BranchCost, DeltaPart
 
 COVERED = ("bert", "roberta", "xlm-roberta", "camembert")
-ACTIVATIONS = ("gelu", "relu", "silu", "gelu_pytorch_tanh")  # one operation, which keeps its input
+ACTIVATIONS = ("gelu", "silu", "gelu_pytorch_tanh")  # one operation, which keeps its input
 
 
 @dataclass(frozen=True)

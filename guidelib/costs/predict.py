@@ -57,7 +57,7 @@ def predict(
         whole = is_whole(value) or (value is None and name == "target_length")
         expect(whole, name, value, "a whole number of at least 1")
     model = _blank(model, task, dtype)
-    _expect_room(model, length, target_length or length)
+    expect_room(model, length, target_length or length)
     attach(model, method)
     if checkpointing:
         switch_on_checkpointing(model)
@@ -65,7 +65,7 @@ def predict(
     return measure(model, inputs, dropout=dropout, keep_less=keep_less)
 
 
-def _expect_room(model: PreTrainedModel, length: int, target_length: int) -> None:
+def expect_room(model: PreTrainedModel, length: int, target_length: int) -> None:
     """Raise ValueError if a stack has a table of fewer positions than it is to read."""
     for name, body in Anatomy(model).bodies().items():
         targets = name == "decoder" and model.config.is_encoder_decoder

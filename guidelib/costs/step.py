@@ -153,8 +153,8 @@ def prepared(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The model as it is counted; yields the batch for it.
 
-    Training mode (so that gradient checkpointing acts) or not, with dropout off unless asked for, and with
-    the draws of a method that needs some fixed.
+    Training mode (so that gradient checkpointing acts) or not, with dropout off unless asked for, with no
+    layer left out, and with the draws of a method that needs some fixed.
     """
     inputs = _inputs(model, batch)
     first = next(model.parameters())
@@ -163,8 +163,9 @@ def prepared(
     with modes_kept(model):
         try:
             model.train(train)
-            for module in () if dropout else model.modules():
-                for name in ("p",) if isinstance(module, nn.Dropout) else DROPOUTS:
+            for module in model.modules():
+                names = ("p",) if isinstance(module, nn.Dropout) else DROPOUTS
+                for name in ("layerdrop",) if dropout else names:
                     if isinstance(getattr(module, name, None), float):
                         switched_off.append((module, name, getattr(module, name)))
                         setattr(module, name, 0.0)

@@ -158,6 +158,8 @@ def _method(label: str, given: Any) -> tuple[Method | None, float]:
     rate = given.pop("rate", None)
     expect(isinstance(rate, float) and rate > 0, f"{label}: rate", rate, "a learning rate such as 4.0e-3")
     members = given.pop("sum", None)
+    listed = members is None or (isinstance(members, list) and members)
+    expect(listed, f"{label}: sum", members, "a list such as [{type: NF4}, {type: LoRA, r: 8}]")
     expect(not (members and given), f"{label}: beside sum and rate", given, "nothing")
     method = Sum(tuple(map(Spec.from_json, members))) if members else Spec.from_json(given)
     expect(isinstance(method, Method), label, given, "a method such as {type: LoRA, r: 8}")

@@ -265,7 +265,7 @@ def across(result: Row) -> dict[str, dict[str, list[float]]]:
 
 def overall(result: Row) -> Row:
     """The transfer between domains with ALL as its one task, for `compare`: its scores are the means over
-    the domains.  (A way that is trained on all of them together has a validation score of that kind.)
+    the domains.  (A way that is trained on all of them together has the validation score of all items.)
     Where a domain is missing, so is the run.
     """
     domains, same, runs = list(result["settings"]["tasks"]), defaultdict(dict), []

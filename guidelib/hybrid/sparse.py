@@ -79,7 +79,7 @@ class Sparse(Wrapper):
         dense = not any(isinstance(part, Pruned) for part in parts)
         expect(dense, "method", self.method, "one that is not sparse already")
         pruned = Pruned(self, parts, self.keep, saved)
-        scales = any(isinstance(part, ChoosingPart) and not part.delta.additive for part in parts)
+        scales = any(isinstance(part, ChoosingPart) and not part.delta.additive for part in pruned.holders)
         expect(not scales, "method", self.method, "one that adds, for which 0 is nothing")
         if pruned.start and not pruned.is_whole and self.score != "random":
             zero = sum(has_values(w) and not w.any() for w in pruned.start.values())

@@ -59,7 +59,7 @@ def load_backbone(
     """
     task = _task(task)
     expect_name(name)
-    if not isinstance(dtype, torch.dtype):
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype: got {dtype!r}, but a type such as torch.bfloat16 is accepted")
     if type(seed) is not int:
         raise ValueError(f"seed: got {seed!r}, but a whole number is accepted")
@@ -246,7 +246,7 @@ def _tiny_t5(
 def _hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        _, model_class, options = architecture(config)
+        kind, model_class, options = architecture(config)
         with no_progress_bars():
             model = model_class.from_pretrained(
                 name, config=config, dtype=dtype, use_safetensors=True, **options
@@ -256,7 +256,8 @@ def _hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedToke
         raise unreachable(name, error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id  # by it a head finds the last token of a text
+    if kind == "decoder":
+        model.config.pad_token_id = tokenizer.pad_token_id  # by it a head finds the last token of a text
     return model, tokenizer
 
 

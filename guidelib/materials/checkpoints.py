@@ -70,8 +70,9 @@ def minilm_folder(*files: str) -> Path:
     return folder
 
 
-def smollm2_folder() -> Path:
-    """The checked files of SmolLM2-135M-Instruct, converted from the package's GGUF file if need be."""
+def smollm2_folder(*files: str) -> Path:
+    """The folder of SmolLM2-135M-Instruct, converted from the package's GGUF file if need be; ``files``,
+    without names all of them, are checked."""
     folder = _smollm2_cache()
     if not folder.exists():
         _convert_smollm2(folder)
@@ -80,16 +81,15 @@ def smollm2_folder() -> Path:
         digests = json.loads((folder / "guidelib.json").read_text(encoding="utf-8"))["sha256"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"name: {folder} is damaged; run `{remedy}`") from error
-    for file, digest in digests.items():
-        _check(folder / file, digest, remedy)
+    for file in files or digests:
+        _check(folder / file, digests[file], remedy)
     return folder
 
 
 def smollm2_config() -> PreTrainedConfig:
     """The configuration of SmolLM2-135M-Instruct: that of the converted files, or of the GGUF file itself."""
-    folder = _smollm2_cache()
-    if folder.exists():
-        return AutoConfig.from_pretrained(folder)
+    if _smollm2_cache().exists():
+        return AutoConfig.from_pretrained(smollm2_folder("config.json"))
     return AutoConfig.from_pretrained(_smollm2_source(), gguf_file=SMOLLM2_GGUF)
 
 

@@ -57,9 +57,10 @@ class Task:
         of words.
         """
         answers = tuple(answers)
+        asks = isinstance(question, str) and question.count("{}") == 1
         for name, value, right, accepted in (
             ("task", self.kind, self.kind == "classification", "a classification task"),
-            ("question", question, str(question).count("{}") == 1, 'a text with one "{}"'),
+            ("question", question, asks, 'a text with one "{}"'),
             ("answers", answers, len(answers) == len(self.labels), f"a word for each of {self.labels}"),
         ):
             if not right:

@@ -140,7 +140,7 @@ def _pages() -> list[str]:
 
 def _find(name: str) -> Exercise:
     page = str(name).split(".")[0]
-    if name not in exercises(page):
+    if str(name) not in exercises(page):
         known = ", ".join(exercises(page)) or f"those of the pages {', '.join(_pages())}"
         raise ValueError(f"name must be one of the exercises that are stored ({known}), not {name!r}.")
     return exercises(page)[name]

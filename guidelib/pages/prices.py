@@ -15,6 +15,7 @@ from guidelib.core.method import Method, expect, is_whole
 from guidelib.costs import operations, saved_bytes
 from guidelib.costs.benchmark import ratio, take_turns
 from guidelib.costs.measure import Costs, measure
+from guidelib.costs.predict import expect_room
 from guidelib.materials.backbones import load_backbone
 from guidelib.pages.viz import Output, live, table
 from guidelib.selective.anchors import FullFineTuning
@@ -91,8 +92,7 @@ def cost_table(
     right = isinstance(batches, Sequence) and batches and all(is_whole(n) for n in [*batches, length])
     expect(right, "batches, length", (batches, length), "whole numbers of at least 1, a list of them and one")
     model, _ = load_backbone(backbone, task)
-    most = getattr(model.config, "max_position_embeddings", length)
-    expect(length <= most, "length", length, f"at most {most}, the positions of {backbone}")
+    expect_room(model, length, length)
     inputs = [token_batch(model, size, length) for size in batches]
     base = operations(model, inputs[0])
     prices = {label: _price(model, method, base, inputs) for label, method in methods.items()}

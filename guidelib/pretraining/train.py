@@ -300,7 +300,9 @@ def pretrain(
     digest = hashlib.sha256("\n".join([*texts.train, "", *texts.held_out]).encode()).hexdigest()
     settings = json.loads(json.dumps({"plan": asdict(plan), "config": config or CONFIG, "texts": digest}))
     tokenizer = train_tokenizer(texts.train, plan.vocabulary)
-    settings["tokenizer"] = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    settings["tokenizer"] = hashlib.sha256(
+        tokenizer.backend_tokenizer.to_str(pretty=True).encode()
+    ).hexdigest()
 
     text, held_out = Text(texts.train, tokenizer), Text(texts.held_out, tokenizer)
     model = new_model(plan, config or CONFIG).train()

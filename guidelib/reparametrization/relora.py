@@ -52,7 +52,7 @@ class ReLoRA(LoRA):
     def parts(self, anatomy, saved):
         parts = super().parts(anatomy, saved)
         for part in parts:  # after all of LoRA's draws, so that the first cycle is LoRA's
-            part.seed = draw(2**31)
+            part.seed = draw(2**31) + 2**31 * bool(saved)
             part.first = self.restarts > 0  # none beside it may depend on the weight, which is rewritten
         return parts
 

@@ -57,7 +57,7 @@ class IntrinsicSAID(Method):
         known = self.projection in ("fastfood", "dense")
         expect(known, "projection", self.projection, "'fastfood' or 'dense'")
         right = is_whole(self.seed, 0) and self.seed < 2**63
-        expect(right, "seed", self.seed, "a whole number of at least 0")
+        expect(right, "seed", self.seed, "a whole number from 0 to 2**63 - 1")
 
     def parts(self, anatomy: Anatomy, saved: Mapping[str, torch.Tensor]) -> list[Part]:
         head = anatomy.head()

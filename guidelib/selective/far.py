@@ -24,13 +24,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from guidelib.core.anatomy import ADDED, Anatomy, Site, Targets
 from guidelib.core.method import expect, is_number
 from guidelib.core.points.part import Part, Place
 from guidelib.core.points.sparse_delta import spread
 from guidelib.core.points.weight_delta import BranchCost, Delta, DeltaPart, WeightDelta, added_dtype
-from guidelib.core.values import autocasts
+from guidelib.core.values import autocasts, has_values
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,21 @@ class LearnersPart(DeltaPart):
     """Beside one linear map, of which only some rows can change."""
 
     @property
-    def places(self) -> dict[Place, int]:
-        return {
-            place: min(n, own.numel())
-            for (place, n), own in zip(super().places.items(), self.delta.own, strict=False)
-        }
+    def places(self) -> dict[Place, int | torch.Tensor]:
+        site, rows, found = self.site, self.delta.rows, {}
+        for (place, n), own in zip(super().places.items(), self.delta.own, strict=False):
+            found[place] = min(n, own.numel())
+            if 0 < found[place] < n and has_values(rows):
+                outputs, d_in = rows + (0 if site.rows is None else site.rows.start), site.shape[1]
+                if own.dim() == 1:
+                    entries = outputs
+                elif isinstance(site.module, Conv1D):
+                    width = site.module.weight.shape[1]
+                    entries = torch.arange(d_in, device=rows.device)[:, None] * width + outputs
+                else:
+                    entries = outputs[:, None] * d_in + torch.arange(d_in, device=rows.device)
+                found[place] = entries.flatten()
+        return found
 
 
 class Learners(Delta):

@@ -26,6 +26,7 @@ from guidelib.core.anatomy import Anatomy
 from guidelib.core.batches import Batch, singles
 from guidelib.core.method import Attached, expect, is_whole
 from guidelib.core.modes import modes_kept
+from guidelib.core.points.part import expect_there
 from guidelib.core.points.sparse_delta import Selecting
 
 SCORES = ("expected", "empirical", "magnitude", "random")
@@ -53,6 +54,7 @@ class FishMask(Selecting):
         if part.trained or self.score == "random":
             return
         if self.score == "magnitude":
+            expect_there(part.chosen_from)
             part.choose(p.detach().abs() for p in part.chosen_from)
             return
         model = attachment.model

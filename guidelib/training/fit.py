@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
@@ -261,7 +262,8 @@ def evaluate(
 
 def _steps(items: int, batch_size: int, epochs: float) -> int:
     """How many there are, of each process where torchrun has started several."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    # a scheduler may set the first alone, which does not make a process one of several
+    processes = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
     return math.ceil(epochs * math.ceil(math.ceil(items / batch_size) / processes))
 
 
@@ -292,7 +294,10 @@ def _ready(model: PreTrainedModel) -> Iterator[None]:
     """Let the Trainer take ``model`` as it is, and take back what the Trainer and accelerate leave on it and
     on its configuration."""
     before, config = dict(vars(model)), dict(vars(model.config))
-    vars(model).pop("_is_accelerate_prepared", None)  # of another run: this one's autocast would not act
+    state = dict(AcceleratorState._shared_state)  # of a run during which this one is made
+    vars(model).pop("_is_accelerate_prepared", None)  # or this run's autocast would not act
+    if "_original_forward" in vars(model):  # and that run's would
+        model.forward = vars(model).pop("_original_forward")
     if getattr(model, "is_quantized", False):
         model._hf_peft_config_loaded = True  # or the Trainer refuses it as a model without adapters
     try:
@@ -302,6 +307,8 @@ def _ready(model: PreTrainedModel) -> Iterator[None]:
         vars(model).clear()  # autocast around the forward pass would act for ever
         vars(model).update(before, training=training)
         vars(model.config).update(config)
+        AcceleratorState._shared_state.clear()
+        AcceleratorState._shared_state.update(state)
 
 
 def _expect_task(model: PreTrainedModel, task: Task) -> None:

@@ -96,11 +96,9 @@ class LST(Method):
         """
         (part,) = attachment.parts_of(self)
         bodies, ladders = Anatomy(attachment.model).bodies(), part.networks
-        if self.init != "fisher":
-            return
-        sites = (s for stack, body in bodies.items() for i in ladders[stack].layers for s in _sites(body, i))
-        expect_there(site.parameter for site in sites)
-        if self._untouched(bodies, ladders):
+        untouched = not any(ladder.alpha.any() for ladder in ladders.values())  # as they are at the start
+        if self.init == "fisher" and untouched:
+            expect_there(_weights(bodies, ladders))
             others = [each for each in attachment.parts if each is not part]
             try:
                 for each in others:  # of weights that stand in four bits, those of the base count
@@ -119,17 +117,6 @@ class LST(Method):
             for layer, block in zip(ladders[stack].layers, ladders[stack].blocks, strict=True):
                 narrow.prune(block, body, layer, self.reduction, score, stream)
             narrow.prune_norm(ladders[stack].norm, body, stream)
-
-    def _untouched(self, bodies: Mapping[str, Body], ladders: Any) -> bool:
-        """Whether no training has moved the side blocks, which a loaded file brings."""
-        fresh = {stack: Ladder(self, body, [*ladders[stack].layers]) for stack, body in bodies.items()}
-        self._prune(bodies, fresh, narrow.magnitude)
-        pairs = ((fresh[stack].blocks, ladders[stack].blocks) for stack in bodies)
-        return all(
-            torch.equal(a, b)
-            for mine, theirs in pairs
-            for a, b in zip(mine.parameters(), theirs.parameters(), strict=True)
-        )
 
 
 class Ladder(SideNetwork):
@@ -170,10 +157,15 @@ def _sites(body: Body, layer: int) -> Iterable[Site]:
     return sites_in(body.blocks[layer], body.names)
 
 
+def _weights(bodies: Mapping[str, Body], ladders: Any) -> list[nn.Parameter]:
+    """Those of the backbone that the side blocks start from."""
+    sites = (s for stack, body in bodies.items() for i in ladders[stack].layers for s in _sites(body, i))
+    return list(dict.fromkeys(site.parameter for site in sites))
+
+
 def _fisher(model, bodies, ladders, batches) -> dict[nn.Parameter, torch.Tensor]:
     """The mean square of each weight's gradient, over single examples, in the backbone as it is alone."""
-    sites = [s for stack, body in bodies.items() for i in ladders[stack].layers for s in _sites(body, i)]
-    weights = list(dict.fromkeys(site.parameter for site in sites))
+    weights = _weights(bodies, ladders)
     total = {weight: torch.zeros_like(weight, dtype=torch.float32) for weight in weights}
     try:
         for weight in weights:

@@ -147,7 +147,7 @@ class IPT(Method):
             value = getattr(self, name)
             expect(is_whole(value), name, value, "a whole number of at least 1")
         right = is_whole(self.seed, 0) and self.seed < 2**63
-        expect(right, "seed", self.seed, "a whole number of at least 0")
+        expect(right, "seed", self.seed, "a whole number from 0 to 2**63 - 1")
         if self.space is not None:
             right = isinstance(self.space, str | os.PathLike)
             expect(right, "space", self.space, "the path of a file, or None")

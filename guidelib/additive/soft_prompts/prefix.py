@@ -112,7 +112,7 @@ class Made(Part):
         self.around(self._body[0], self._make)
 
     def _make(self, call: Call, *args: Any, **kwargs: Any) -> Any:
-        if self.encoder is None:
+        if self.encoder is None or _reentrant(call.module):
             return call(*args, **kwargs)
         remember(self._body[0])
         with noted({self: self.values()}):
@@ -121,6 +121,14 @@ class Made(Part):
     def values(self) -> torch.Tensor:
         """(P, attentions, 2 * width)."""
         return self.encoder(self.E).unflatten(-1, (-1, self._width))
+
+
+def _reentrant(body: nn.Module) -> bool:
+    """Whether blocks are checkpointed in the way that goes back through each by itself, and so cannot share
+    what is made for all of them."""
+    checkpointed = (m for m in body.modules() if getattr(m, "gradient_checkpointing", False))
+    functions = [getattr(module, "_gradient_checkpointing_func", None) for module in checkpointed]
+    return any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions)
 
 
 class Slice(nn.Module):
@@ -132,5 +140,5 @@ class Slice(nn.Module):
 
     def forward(self, rows: int = 1) -> torch.Tensor:
         (made,) = self._made
-        values = notes().get(made)  # None where the attention is run by itself
+        values = notes().get(made)  # None where each attention makes its own
         return (made.values() if values is None else values)[:, self.i].unflatten(-1, (2, -1))

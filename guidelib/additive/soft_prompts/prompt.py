@@ -85,7 +85,7 @@ class PromptTuning(Method):
 
 
 class Vectors(nn.Module):
-    """The prompt itself."""
+    """A prompt (l, d), or a prefix (P, 2, width)."""
 
     def __init__(self, start: torch.Tensor):
         super().__init__()
@@ -96,7 +96,7 @@ class Vectors(nn.Module):
         return len(self.P)
 
     def forward(self, rows: int = 1) -> torch.Tensor:
-        return self.P  # (l, d)
+        return self.P
 
 
 class Several(Choosing):

@@ -208,18 +208,18 @@ class LatePart(Part):
         _expect_growing(cache, self.name)
         if cache is not None and layer < len(cache.layers):
             window = getattr(cache.layers[layer], "sliding_window", None)
-            n = max(length, cache.get_seq_length(layer)) + states.shape[1]
-            if window is not None and n >= window:  # the layer would drop the prompt first
+            seen = cache.get_seq_length(layer)
+            if window is not None and seen >= window:  # the layer has dropped the prompt first
                 raise ValueError(
-                    f"use_cache: {self.name} and {n - length} tokens do not fit into the {window} places of "
-                    "this model's sliding window, to which a cache is cut; use_cache=False is accepted"
+                    f"use_cache: {self.name} and {seen - length} tokens do not fit into the {window} places "
+                    "of this model's sliding window, to which a cache is cut; use_cache=False is accepted"
                 )
         new = cache is None or not cache.get_seq_length(layer)  # or the prompt is in the cache already
         if new and seat.layer in (None, layer):  # this one, when it is computed again
             seat.layer, seat.text = layer, states.shape[1]  # beside another part's prompt
             given["hidden_states"] = join(self._made(states, mask), states, None)
         if mask is not None:
-            expect_places(mask, self.name)
+            expect_places(mask, call.module, self.name)
             given["attention_mask"] = self._seen(mask, new)
         if (bias := given.get("position_bias")) is not None:
             given["position_bias"] = F.pad(bias, (length, 0, length if new else 0, 0))
@@ -409,11 +409,13 @@ def arguments(module: nn.Module) -> list[str]:
     return [*inspect.signature(type(module).forward).parameters][1:]
 
 
-def expect_places(mask: Any, name: str) -> None:
-    """Raise ValueError unless a block's mask says for each token what it sees."""
+def expect_places(mask: Any, module: nn.Module, name: str) -> None:
+    """Raise ValueError unless the mask that is made for ``module`` says for each token what it sees."""
     if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
+        configs = (getattr(m, "config", None) for m in module.modules())
+        found = next((c._attn_implementation for c in configs if hasattr(c, "_attn_implementation")), None)
         raise ValueError(
-            f"attn_implementation must be 'sdpa' or 'eager' beside {name}; "
+            f"attn_implementation must be 'sdpa' or 'eager' beside {name}, got {found!r}; "
             "model.set_attn_implementation('sdpa') changes it"
         )
 

@@ -94,7 +94,7 @@ class Texts(Part):
         given = dict(zip(arguments(call.module), args, strict=False)) | kwargs
         masks = {name: given[name] for name in (OWN, OTHER) if given.get(name) is not None}
         for mask in masks.values():
-            expect_places(mask, self.name)
+            expect_places(mask, call.module, self.name)
         with passes.noted({self: {name: text_in(mask) for name, mask in masks.items()}}):
             return self.frame(call, *args, **kwargs)
 

@@ -105,7 +105,7 @@ class SidePart(Part):
         poolers = [getattr(body.module, "pooler", None) for body in self._bodies]
         self._poolers = tuple(pooler for pooler in poolers if isinstance(pooler, nn.Module))
         behind = {module for pooler in self._poolers for module in pooler.modules()}
-        self._modes: dict[nn.Module, bool] = {}
+        self.held: dict[nn.Module, bool] = {}  # the modes of the backbone's modules; exchanged, never changed
         self.closed = tuple(m for body in self._bodies for m in body.module.modules() if m not in behind)
 
     def plug(self) -> None:
@@ -121,20 +121,20 @@ class SidePart(Part):
 
     def unplug(self) -> None:
         super().unplug()
-        for module, mode in self._modes.items():
+        for module, mode in self.held.items():
             module.training = mode
-        self._modes = {}
+        self.held = {}
 
     def train(self, mode: bool = True) -> SidePart:
         """The backbone comes before the parts among a model's children, so this has the last word."""
         super().train(mode)
-        if self._modes:
+        if self.held:
             self._rest()
         return self
 
     def _rest(self) -> None:
         """Put the backbone in evaluation mode, and keep which mode its modules were put in."""
-        self._modes = {module: module.training for module in self.closed}
+        self.held = {module: module.training for module in self.closed}
         for module in self.closed:
             module.training = False
 
@@ -144,7 +144,8 @@ class SidePart(Part):
             return call(*args, **kwargs)
         for module in self.closed:
             if module.training:  # a part of the model was put in training mode by itself
-                self._modes[module], module.training = True, False
+                self.held = self.held | {module: True}
+                module.training = False
         body = next(body for body in self._bodies if body.module is call.module)
         given = dict(zip(self._arguments[call.module], args, strict=False)) | kwargs
         network = self.networks[body.stack] if body.stack in self.networks else None
@@ -233,7 +234,11 @@ class Again:
             given["position_embeddings"] = tuple(turn[..., :: self.narrow].to(states.dtype) for turn in turns)
         if (cache := cache_in(given)) is not None:
             _make_room(cache, 2 * len(trail.body.blocks))
-        output = block(states, **given)
+        # by position what may have a gradient, which reentrant checkpointing has for nothing else
+        names = arguments(block)[1:]
+        while names and (names[-1] not in GRADED or given.get(names[-1]) is None):
+            names.pop()
+        output = block(states, *[given.pop(name, None) for name in names], **given)
         if not isinstance(output, tuple):
             return output
         self.biases = dict(zip(BIASES, output[1:], strict=False))
@@ -241,6 +246,7 @@ class Again:
 
 
 BIASES = ("position_bias", "encoder_decoder_position_bias")
+GRADED = (*BIASES, "encoder_hidden_states")
 
 
 def numbered(block: nn.Module, layer: int) -> nn.Module:
