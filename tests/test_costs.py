@@ -623,6 +623,14 @@ def test_what_is_no_model_or_batch_is_refused(model, given, words):
         gl.measure(model or build("tiny-bert"), given)
 
 
+def test_a_merged_method_alone_has_no_step():
+    model = build("tiny-gpt2")
+    attachment = gl.attach(model, gl.LoRA(r=2))
+    attachment.merge()
+    with pytest.raises(ValueError, match="model must be unmerged; call unmerge.. first, got 'a merged one'"):
+        gl.measure(model, batch("tiny-gpt2"))
+
+
 def test_the_positions_that_a_model_counts_from_are_not_room():
     with pytest.raises(ValueError, match="length must be at most 256, the positions of the encoder, got 257"):
         gl.predict("tiny-roberta", gl.LoRA(r=2), batch=1, length=257)

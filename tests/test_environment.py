@@ -94,6 +94,18 @@ def test_advice(capsys, accelerators, bounds):
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
+def test_the_pages_leave_a_gpu_alone_unless_it_is_asked_for(capsys, accelerators, bounds):
+    bounds()
+    accelerators(cuda=True)
+    environment.setup()
+    first, advice = capsys.readouterr().out.splitlines()
+    assert first.endswith(" · cpu") and advice.startswith("The GPU is not used") and machine.device() == "cpu"
+    os.environ["GUIDELIB_DEVICE"] = "cuda"
+    environment.setup()
+    (only,) = capsys.readouterr().out.splitlines()
+    assert only.endswith(" · cuda")
+
+
 def test_a_checkout_that_is_not_installed_works(monkeypatch, capsys, accelerators):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)

@@ -430,6 +430,13 @@ def test_no_verdict_at_the_edge_of_the_grid_or_with_seeds_missing():
     assert compare(missing, "base")[1].difference is None
 
 
+def test_two_seeds_decide_nothing():
+    """Their differences often coincide, and would have no spread."""
+    two = result_of({"base": BASE[:2], "other": shifted(1, 0)[:2]})
+    two["settings"] |= {"seeds": 2}
+    assert [v.verdict for v in compare(two, "base")] == ["none", "none"]
+
+
 def test_equal_scores_are_equal():
     (_, same) = compare(result_of({"base": BASE, "twin": BASE}), "base")
     assert (same.difference, same.low, same.high, same.p, same.verdict) == (0, 0, 0, 1, "equal")
@@ -439,7 +446,7 @@ def test_the_search_and_the_verdict_prefer_the_same_rate():
     """Equal sums of right answers tie, whatever their means are rounded to; then the loss decides."""
     right = {1.0: (840, 860, 855), 2.0: (841, 859, 855), 0.5: (1, 1, 1), 4.0: (1, 1, 1)}
     runs = [
-        run_of(lr, seed, n / 1067, loss=0.6 if lr == 1.0 else 0.5)
+        run_of(lr, seed, round(n / 1067, 6), loss=0.6 if lr == 1.0 else 0.5)  # as it is stored
         for lr, each in right.items()
         for seed, n in enumerate(each)
     ]
@@ -758,6 +765,9 @@ def test_the_command_refuses_in_a_sentence(arguments, words):
             "lora: beside sum and rate must be nothing",
         ),
         ("{type: LoRA, r: 2, rate", "{sum: {type: LoRA}, rate", "lora: sum must be a list such as"),
+        ("tweets: {train: 16", "tweets: {train: 16, epochs: '2'", "tweets: epochs must be a positive number"),
+        ("tweets: {train: 16", "tweets: {train: 16, epochs: -1", "tweets: epochs must be a positive number"),
+        ("rate: 4.0e-3", "rate: .inf", "lora: rate must be a learning rate such as 4.0e-3, got inf"),
         ("{type: LoRA, r: 2, rate", "{sum: [], rate", "lora: sum must be a list such as"),
     ],
 )
@@ -765,6 +775,33 @@ def test_the_commonest_slips_in_a_plan_are_named(tmp_path, was, now, words):
     (tmp_path / "my.yaml").write_text(PLAN.replace(was, now))
     with pytest.raises(ValueError, match="my.yaml is not a plan of a comparison: .*" + re.escape(words)):
         read_plan(tmp_path / "my.yaml")
+
+
+def test_a_method_that_does_not_fit_is_named_before_any_run(tmp_path):
+    (tmp_path / "my.yaml").write_text(PLAN.replace("type: LoRA, r: 2", "type: LoRA, targets: [cross.q]"))
+    with pytest.raises(ValueError, match="lora: targets: 'cross.q' is not in this bert model"):
+        experiments.run(str(tmp_path / "my.yaml"), progress=False)
+    assert not (tmp_path / "my.json").exists()
+
+
+def test_a_plain_no_in_a_plan_is_a_word(tmp_path):
+    (tmp_path / "my.yaml").write_text(PLAN + "mixed_precision: no\n")
+    assert read_plan(tmp_path / "my.yaml").mixed_precision == "no"
+
+
+def test_workers_end_with_what_started_them(tiny, monkeypatch):
+    comparison, path = tiny
+    started = []
+
+    def interrupted(experiment, path, workers, progress):
+        started.extend(workers)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["guidelib.experiments.work"], "_watch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        work(comparison, path)
+    started[0].join(20)
+    assert not started[0].is_alive()
 
 
 def test_a_plan_that_made_no_run_may_be_corrected(tiny):

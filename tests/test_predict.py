@@ -21,7 +21,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, BertConfig, BertForSequenceClassification, LlamaConfig, T5Config
+from transformers import (
+    AutoConfig,
+    BartForSequenceClassification,
+    BartModel,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    T5Config,
+    T5Model,
+)
 
 import guidelib as gl
 from guidelib.core.values import has_values
@@ -175,6 +184,24 @@ def test_a_hub_id_needs_its_configuration_alone(tmp_path):
     folder = tmp_path / "owner" / "name"
     load_config("tiny-llama").save_pretrained(folder)
     assert gl.predict(str(folder), LORA, **SIZE) == gl.predict("tiny-llama", LORA, **SIZE)
+
+
+@pytest.mark.parametrize("kind", [T5Model, BartModel])
+def test_a_bare_encoder_decoder_has_no_loss_either(kind):
+    model = kind(load_config("tiny-bart" if kind is BartModel else "tiny-t5-random"))
+    predicted = gl.predict(model, LORA, batch=2, length=9, target_length=5)
+    gl.attach(model, LORA)
+    ids, targets = torch.ones(2, 9, dtype=torch.long), torch.ones(2, 5, dtype=torch.long)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": targets}
+    assert predicted == gl.measure(model, inputs)
+
+
+def test_an_encoder_decoder_that_classifies_is_for_measure():
+    model = BartForSequenceClassification(load_config("tiny-bart"))
+    with pytest.raises(
+        ValueError, match="model must be an encoder-decoder that writes or is bare; `measure`"
+    ):
+        gl.predict(model, LORA, batch=2, length=9)
 
 
 def test_a_bare_backbone_has_no_loss():

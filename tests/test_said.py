@@ -354,8 +354,8 @@ def test_the_defaults_fit_the_packaged_backbone():
         (dict(scales=1), "scales must be True or False, got 1"),
         (dict(projection="sparse"), "projection must be 'fastfood' or 'dense', got 'sparse'"),
         (dict(projection=None), "projection must be 'fastfood' or 'dense', got None"),
-        (dict(seed=-1), "seed must be a whole number of at least 0, got -1"),
-        (dict(seed=0.5), "seed must be a whole number of at least 0, got 0.5"),
+        (dict(seed=-1), "seed must be a whole number from 0 to 2**63 - 1, got -1"),
+        (dict(seed=0.5), "seed must be a whole number from 0 to 2**63 - 1, got 0.5"),
     ],
     ids=str,
 )

@@ -586,6 +586,44 @@ def test_each_of_several_processes_takes_its_share_of_the_steps(monkeypatch):
     assert training._steps(64, 16, 1.5) == 3
 
 
+def test_a_share_of_an_epoch_is_not_rounded_up_by_floats():
+    assert training._steps(100, 10, 1.1) == 11 and training._steps(100, 10, 0.11) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("long", "max_length must be at most 256, the positions of the encoder, got 300"),
+        ("tokens", "tokenizer must be the model's own, got 'one with a token"),
+        ("labels", r"task must be one with all its labels named, got 'tiny with labels \[.*2\]"),
+    ],
+)
+def test_data_that_the_model_has_no_place_for_is_refused(change, words):
+    model = attached()
+    before = weights(model)
+    texts, tokenizer, length = ["a" * 400, "b"], TOKENIZER, 300 if change == "long" else 32
+    if change == "tokens":
+        _, tokenizer = gl.load_backbone("minilm")
+    rows = datasets.Dataset.from_dict({"text": texts, "label": [1, 2 if change == "labels" else 0]})
+    task = gl.Task("tiny", "classification", ("no", "yes"), rows, rows, rows)
+    with pytest.raises(ValueError, match=words):
+        gl.fit(model, task, tokenizer, max_length=length, progress=False)
+    with pytest.raises(ValueError, match=words):
+        gl.evaluate(model, task, tokenizer, max_length=length)
+    assert moved(model, before) == set()
+
+
+def test_the_loss_of_a_head_that_takes_any_keyword_is_a_mean_too():
+    """Which the Trainer would multiply by the number of processes."""
+    model, _ = gl.load_backbone("tiny-llama", TASK)
+    gl.attach(model, gl.LoRA(r=2))
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training._Trainer, "look_again", lambda trainer: made.append(trainer))
+        gl.fit(model, TASK, TOKENIZER, **QUICK)
+    assert made[0].model_accepts_loss_kwargs is False
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_recording_sees_what_the_step_has_done(dtype):
     model = build("tiny-bert", dtype=dtype)

@@ -91,9 +91,8 @@ def memory(model, method: gl.Method, batch: dict[str, torch.Tensor]) -> Memory:
     """What one training step with Adam in 32 bits holds."""
     attachment = gl.attach(model, method)
     costs = gl.measure(model, batch)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     attachment.detach()
-    terms = (weights, costs.gradient_bytes, costs.optimizer_bytes, costs.saved_bytes)
+    terms = (costs.memory.weights, costs.gradient_bytes, costs.optimizer_bytes, costs.saved_bytes)
     return Memory(dict(zip(TERMS, terms, strict=True)), costs.count.trainable)
 
 
@@ -220,9 +219,9 @@ def taxonomy() -> str:
     for label in FIGURE:
         regions[classes(getattr(gl, label.method)())].append(label)
     names = "\n".join(text for region, labels in regions.items() for text in placed(region, labels))
+    said = {each: (each.short or each.name).replace("-\n", "").replace("\n", " ") for each in FIGURE}
     words = "; ".join(
-        f"{REGIONS[region]}: {', '.join((each.short or each.name).replace(chr(10), ' ') for each in labels)}"
-        for region, labels in regions.items()
+        f"{REGIONS[region]}: {', '.join(said[each] for each in labels)}" for region, labels in regions.items()
     )
     circles = "\n".join(
         f'<circle cx="{x}" cy="{y}" r="{RADIUS}" {LOOKS[name]}/>' for name, (x, y) in CIRCLES.items()

@@ -29,7 +29,7 @@ from guidelib.core.fingerprint import fingerprint
 from guidelib.core.method import Method, Spec, expect, is_whole
 from guidelib.core.points.choice import Choosing
 from guidelib.core.points.part import Part, copied, put
-from guidelib.core.points.passes import noted, remember
+from guidelib.core.points.passes import noted, notes, remember
 from guidelib.core.values import has_values, mode_of
 
 CARRIED = "_guidelib_attachment"  # of every module of the model: the attachment that it belongs to
@@ -187,7 +187,7 @@ class Attachment:
         saved: Mapping[str, torch.Tensor] | None = None,
     ):
         self.model, self.method, self.anatomy = model, method, anatomy
-        self.merged = False
+        self.merged, self._merged_under = False, {}
         self._base: dict[str, str] | None = None
         self._layers = _layers(model)
         parameters = dict(model.named_parameters())
@@ -236,6 +236,7 @@ class Attachment:
             part.train(self.model.training)
             added[name] = part
             part.plug()
+        torch.compiler.reset()
         _check_closed(self.model, parts)
 
     def count(self) -> Count:
@@ -277,7 +278,9 @@ class Attachment:
                     part.merge(self._keep)
                 for part in self.parts:
                     part.unplug()
+                self._merged_under = notes()  # such as which of several adapters
                 self.merged = True
+                torch.compiler.reset()  # what is compiled does not see that hooks are gone, or have come
             except BaseException:
                 self._act_beside()
                 raise
@@ -327,6 +330,7 @@ class Attachment:
             part.unplug()
         for part in self.parts:
             part.plug()
+        torch.compiler.reset()
         self.merged = False
         self._kept = {}
 
@@ -349,6 +353,7 @@ class Attachment:
         for module in self.model.modules():
             vars(module).pop(CARRIED, None)
         delattr(self.model, ADDED)
+        torch.compiler.reset()
         self._kept, self._originals = {}, {}
 
     @property
@@ -453,7 +458,8 @@ class Attachment:
             return write(path, state, self._metadata(state))
         finally:
             if merged:
-                self.merge()
+                with noted(self._merged_under):
+                    self.merge()
 
 
 class Added(nn.ModuleDict):
@@ -490,7 +496,7 @@ def _check_order(parts: list[Part]) -> None:
     """Raise ValueError if the parts, in this order, would compute something else than they merge to."""
     there: dict[int, list[tuple[Any, Part]]] = {}  # by parameter
     for part in parts:
-        for parameter, rows in part.places:
+        for parameter, rows in dict.fromkeys((*part.places, *part.acts_on)):
             others = there.setdefault(parameter, [])
             for other in (p for r, p in others if r is None or rows is None or r == rows):
                 mine, its = type(part.method).__name__, type(other.method).__name__

@@ -234,7 +234,7 @@ class Sum(Method):
             method.after_step(attachment, step, total, optimizer)
 
     def lr_factor(self, step, total):
-        return math.prod(method.lr_factor(step, total) for method in self.methods)
+        return math.prod({method.lr_factor(step, total) for method in self.methods})  # equal ones are one
 
     def finish(self, attachment):
         for method in self.methods:

@@ -68,14 +68,17 @@ def measure(model: PreTrainedModel, batch: Batch, *, dropout: bool = False, keep
     a batch that has values a mask without padding is dropped at the backbone, as transformers does; a mask
     without values counts as one with padding.
 
-    The model, its gradients and the random state are left as they were.  Raises ValueError if nothing is
-    trainable.
+    The model, its gradients and the random state are left as they were.  Raises ValueError if nothing that is
+    trainable acts.
     """
     expect(isinstance(model, PreTrainedModel), "model", model, "a transformers model")
     right = isinstance(batch, Mapping) and all(isinstance(t, torch.Tensor) for t in batch.values())
     expect(right, "batch", batch, "a mapping of names to tensors")
     trainable = [p for p in model.parameters() if p.requires_grad]
+    added = getattr(model, ADDED, None)
+    at_rest = {*added.parameters()} if added is not None and added.attachment.merged else set()
     expect(bool(trainable), "model", type(model).__name__, "a model with trainable parameters")
+    expect(bool({*trainable} - at_rest), "model", "a merged one", "unmerged; call unmerge() first")
     options = {"dropout": dropout, "keep_less": keep_less}
     predicted = count_step(model, batch, **options, values=False)
     there = all(map(has_values, trainable))

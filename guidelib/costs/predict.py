@@ -97,9 +97,13 @@ def _batch(model: PreTrainedModel, rows: int, length: int, target_length: int, p
     if padded:
         mask[-1, -1] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if model.config.is_encoder_decoder:
-        return inputs | {"labels": ones(rows, target_length)}
-    if "labels" not in inspect.signature(model.forward).parameters:  # a bare backbone
-        return inputs
+    labelled = "labels" in inspect.signature(model.forward).parameters  # or it is a bare backbone
     words = model.get_output_embeddings() is not None
+    if model.config.is_encoder_decoder:
+        fits = words or not labelled
+        accepted = "an encoder-decoder that writes or is bare; `measure` takes a batch of yours"
+        expect(fits, "model", type(model).__name__, accepted)
+        return inputs | {"labels" if labelled else "decoder_input_ids": ones(rows, target_length)}
+    if not labelled:
+        return inputs
     return inputs | {"labels": ones(rows, length) if words else ones(rows)}

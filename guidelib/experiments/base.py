@@ -2,9 +2,9 @@
 
 A run trains one method on one task with one rate and one seed.  An arm is what shares a learning rate.  Its
 rates are its first one times powers of 2: the first, half and twice of it are tried with some of the seeds,
-and as long as the best is the lowest or the highest that was tried, the next one is tried as well.  The best
-has the highest validation score, on average over those seeds; the other seeds are run with it alone.  The
-test split takes no part in the choice.
+and as long as the best is the lowest or the highest that was tried, the next one is tried as well, but no
+more than ``MOST``.  The best has the highest validation score, on average over those seeds; the other seeds
+are run with it alone.  The test split takes no part in the choice.
 """
 
 from __future__ import annotations
@@ -161,10 +161,10 @@ def score(run: Row, split: str = "test") -> float:
 
 def preference(runs: list[Row]) -> tuple[float, float]:
     """What a rate is chosen by, from its runs: the mean validation score, rounded so that equal sums of right
-    answers tie, then the negative mean loss."""
+    answers tie (each is stored with six digits), then the negative mean loss."""
     losses = [run["validation"]["loss"] if "validation" in run else math.inf for run in runs]
     mean = statistics.mean(score(run, "validation") for run in runs)
-    return round(mean, 9), -statistics.mean(losses)
+    return round(mean, 3), -statistics.mean(losses)
 
 
 class Results:

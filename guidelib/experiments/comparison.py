@@ -7,10 +7,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 
 from guidelib.core.attaching import attach
-from guidelib.core.method import Method, Spec, Sum, expect, is_whole
+from guidelib.core.method import Method, Spec, Sum, expect, is_number, is_whole
 from guidelib.experiments.base import Arm, Experiment, Row
 from guidelib.selective.anchors import HeadOnly
 
@@ -69,8 +70,11 @@ class Comparison(Experiment):
         for name in ("seeds", "tuning_seeds", "batch_size", "max_length"):
             value = getattr(self, name)
             expect(is_whole(value), name, value, "a whole number of at least 1")
-        number = isinstance(self.head_lr, float) and self.head_lr > 0
+        number = is_number(self.head_lr) and self.head_lr > 0
         expect(number, "head_lr", self.head_lr, "a learning rate such as 1.0e-2")
+        for name, setting in self.tasks.items():
+            number = is_number(setting.epochs) and setting.epochs > 0
+            expect(number, f"{name}: epochs", setting.epochs, "a positive number")
         precisions = ("no", "bf16", "fp16")
         expect(
             self.mixed_precision in precisions, "mixed_precision", self.mixed_precision, "no, bf16 or fp16"
@@ -94,17 +98,33 @@ class Comparison(Experiment):
         return trained if "diverged" in trained else self.evaluate(model, task, tokenizer) | trained
 
     def facts(self) -> Row:
-        """The scores of copying, where a task is text to text, and the sizes of the test splits."""
+        """The scores of copying, where a task is text to text, and the sizes of the test splits.  Raises
+        ValueError for a method that does not fit the backbone."""
         from guidelib.training.text2text import score
 
         copy, items = {}, {}
         for name, setting in self.tasks.items():
             task = setting.data()
+            self._expect_fit(task)
             items[name] = len(task.test)
             if task.kind == "text2text":
                 splits = {split: getattr(task, split) for split in ("validation", "test")}
                 copy[name] = {k: score(d["source"], d["target"], d["source"]) for k, d in splits.items()}
         return {"items": items} | ({"copy": copy} if copy else {})
+
+    def _expect_fit(self, task: Task) -> None:
+        from guidelib.materials.backbones import blank_backbone
+        from guidelib.materials.configs import load_config
+
+        for label, (method, _) in self.methods.items():
+            if method is None:
+                continue
+            with torch.device("meta"):
+                blank = blank_backbone(load_config(self.backbone), task)
+            try:
+                attach(blank, method)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{label}: {error}") from error
 
 
 def read_plan(path: Path) -> Comparison:
@@ -127,6 +147,8 @@ def read_plan(path: Path) -> Comparison:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
         expect(isinstance(settings, dict), "plan", settings, "a mapping with backbone, tasks and methods")
+        if settings.get("mixed_precision") is False:  # as YAML reads "no"
+            settings["mixed_precision"] = "no"
         tasks = {name: _setting(name, given) for name, given in _entries(settings, "tasks")}
         methods = {label: _method(label, given) for label, given in _entries(settings, "methods")}
         plan = Comparison(**settings | {"tasks": tasks, "methods": methods})
@@ -156,7 +178,8 @@ def _method(label: str, given: Any) -> tuple[Method | None, float]:
         return None, 0.0
     given = dict(given)
     rate = given.pop("rate", None)
-    expect(isinstance(rate, float) and rate > 0, f"{label}: rate", rate, "a learning rate such as 4.0e-3")
+    number = isinstance(rate, float) and is_number(rate) and rate > 0
+    expect(number, f"{label}: rate", rate, "a learning rate such as 4.0e-3")
     members = given.pop("sum", None)
     listed = members is None or (isinstance(members, list) and members)
     expect(listed, f"{label}: sum", members, "a list such as [{type: NF4}, {type: LoRA, r: 8}]")

@@ -134,5 +134,6 @@ def _best(result: Row, task: str, label: str) -> Verdict | None:
 
 
 def _comparable(row: Verdict, base: Verdict, seeds: int) -> bool:
-    """Whether both are at a rate of their own with all seeds, which then are the same ones."""
-    return not row.edge and not base.edge and len(row.scores) == len(base.scores) == seeds > 1
+    """Whether both are at a rate of their own with all seeds, which then are the same ones.  Of two seeds the
+    differences often coincide, since scores come in steps, and would look certain."""
+    return not row.edge and not base.edge and len(row.scores) == len(base.scores) == seeds > 2

@@ -38,12 +38,17 @@ def work(experiment: Experiment, path: Path, *, jobs: int = 1, progress: bool = 
     _begin(experiment, path)
     before = {name: os.environ.get(name) for name in ONE_THREAD}
     os.environ.update(ONE_THREAD)  # read by the processes as they start
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_work, args=(experiment, path), daemon=True) for _ in range(jobs)]
     try:
-        context = multiprocessing.get_context("spawn")
-        workers = [context.Process(target=_work, args=(experiment, path), daemon=True) for _ in range(jobs)]
         for worker in workers:
             worker.start()
         _watch(experiment, path, workers, progress)
+    except BaseException:
+        for worker in workers:
+            if worker.is_alive():  # it may be killed at any time
+                worker.terminate()
+        raise
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})

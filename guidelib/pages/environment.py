@@ -32,6 +32,8 @@ def _advice() -> str | None:
         if found is None or not bound.specifier.contains(found, prereleases=True):
             state = "is not installed" if found is None else f"{found} is too old"
             return f'{bound.name} {state}: run %pip install -U "{bound.name}{bound.specifier}" and restart.'
+    if torch.cuda.is_available() and "GUIDELIB_DEVICE" not in os.environ:
+        return "The GPU is not used: the pages are made for the CPU, where each of them takes seconds."
     if torch.backends.mps.is_available() and "GUIDELIB_DEVICE" not in os.environ:
         return (
             "The Apple GPU is not used: its results differ from the book's. GUIDELIB_DEVICE=mps turns it on."
@@ -40,7 +42,8 @@ def _advice() -> str | None:
 
 
 def setup(seed: int = 0) -> None:
-    """Seed random, numpy and torch; quieten the Hugging Face libraries; print versions, device and advice.
+    """Seed random, numpy and torch; quieten the Hugging Face libraries; leave a GPU alone; print versions,
+    device and advice.
 
     The environment variables that you set yourself, such as TRANSFORMERS_VERBOSITY, stay as they are.
     Raises `ValueError` for a seed that numpy cannot take.
@@ -61,12 +64,15 @@ def setup(seed: int = 0) -> None:
     import numpy
     import torch
 
+    advice = _advice()
+    if torch.cuda.is_available():  # the pages' own tensors are on the CPU
+        os.environ.setdefault("GUIDELIB_DEVICE", "cpu")
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)  # every device
     shown = " · ".join(f"{name} {version(name)}" for name in ("guidelib", "torch", "transformers"))
     print(f"{shown} · {device()}")
-    if advice := _advice():
+    if advice:
         print(advice)
 
 

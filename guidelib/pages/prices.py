@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +31,7 @@ class Price:
     """What one method costs.  memory: for each batch size the bytes of the four `TERMS` of a training step.
     forward_flops, backward_flops: of a step at the first batch size.  operations: of one forward pass at
     inference with the method attached; merged: the same once merged, None where it cannot be; base: without
-    it.  exact: whether what the sizes alone predict is what was measured, None where nothing is predicted."""
+    it.  exact: whether what the sizes alone predict is what was measured."""
 
     count: Count
     file_bytes: int
@@ -40,7 +41,7 @@ class Price:
     operations: int
     merged: int | None
     base: int
-    exact: bool | None
+    exact: bool
 
     @property
     def totals(self) -> tuple[int, ...]:
@@ -105,13 +106,15 @@ def cost_table(
 
 
 def token_batch(model: PreTrainedModel, rows: int, length: int) -> dict[str, torch.Tensor]:
-    """Random texts without padding, the same ones every time, with labels: classes where ``model`` has a head
-    for them, else the texts themselves."""
+    """Random texts without padding, the same ones every time, with labels where ``model`` takes any: classes
+    where it has a head for them, else the texts themselves."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, min(2000, model.config.vocab_size), (rows, length), generator=generator)
     classes = getattr(model, "classifier", None) or getattr(model, "score", None)
     labels = torch.arange(rows) % model.config.num_labels if classes else ids.clone()
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    if "labels" not in inspect.signature(model.forward).parameters:
+        del batch["labels"]
     return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
@@ -140,7 +143,8 @@ def survey_table(method: str, found: CostTable, *labels: str) -> Output:
         {"": claim, "survey v1": one, "survey v2": two} | {label: measured[label][claim] for label in labels}
         for claim, one, two in claims(method)
     ]
-    return table(rows, caption=f"{method}: the survey's claims, and what was measured in the table above.")
+    caption = f"{method}: the survey's claims, and what was measured above (FLOPs of the backward pass)."
+    return table(rows, caption=caption)
 
 
 def _measured(price: Price, full: Price) -> dict[str, str]:
@@ -224,10 +228,9 @@ def _terms(cost: Costs) -> dict[str, int]:
     }
 
 
-def _exact(cost: Costs) -> bool | None:
-    said = cost.predicted
+def _exact(cost: Costs) -> bool:
     names = ("saved_bytes", "forward_flops", "backward_flops")
-    return None if said is None else all(getattr(said, name) == getattr(cost, name) for name in names)
+    return all(getattr(cost.predicted, name) == getattr(cost, name) for name in names)
 
 
 def _latency(model: PreTrainedModel, method: Method, batch: dict, pairs: int = 30) -> float:

@@ -37,7 +37,7 @@ def _row(v: Verdict) -> dict[str, str | int]:
         "method": v.method,
         "rate": np.format_float_positional(v.lr, trim="-") + "*" * v.edge,
         "seeds": len(v.scores),
-        "test score": f"{v.mean:.1f} ± {v.deviation:.1f}",
+        "test score": f"{v.mean:.1f}" + f" ± {v.deviation:.1f}" * (len(v.scores) > 1),
         "difference": _difference(v),
         "verdict": "–" if v.difference is None else v.verdict,
     }
@@ -98,12 +98,14 @@ def rate_figure(verdicts: Sequence[Verdict]) -> Figure:
     expect(bool(verdicts), "verdicts", verdicts, "at least one")
     with style():
         figure, ax = plt.subplots()
-        for v in verdicts:
+        looks = len(plt.rcParams["axes.prop_cycle"])
+        for i, v in enumerate(verdicts):
             if v.lr == 0:  # nothing was trained
                 ax.axhline(v.rates[0], color=COLOURS["head"], linewidth=1, label=v.method)
                 continue
             rates = sorted(v.rates)
-            (line,) = ax.plot(rates, [v.rates[lr] for lr in rates], label=v.method)
+            again = {"linewidth": 3.5, "alpha": 0.5} if i >= looks else {}  # the colours come again
+            (line,) = ax.plot(rates, [v.rates[lr] for lr in rates], label=v.method, **again)
             ax.plot(v.lr, v.rates[v.lr], marker="o", color=line.get_color())
         ax.set(xscale="log", xlabel="learning rate", ylabel="validation score")
         if len(verdicts) > 1:

@@ -33,7 +33,7 @@ TITLES = {
     "glosses": ("WordNet's glosses", WORDNET, "(left out)"),
     "austen": ("Jane Austen's six novels", AUSTEN, "(left out)"),
 }
-CURVES = {"fill": "text with gaps", "repair": "text with errors", "spans": "the gaps alone", "copy": "copy"}
+CURVES = {"fill": "text with gaps", "repair": "text with errors", "hidden": "the gaps alone", "copy": "copy"}
 FULL = "full fine-tuning"
 ARMS = (
     ("`tiny-t5` as it is, which copies", "tiny-t5", "no tuning"),

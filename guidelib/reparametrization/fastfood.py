@@ -14,12 +14,13 @@ H_k B x, with k the smallest power of two >= d, repeated n / k times.  It is mad
 from __future__ import annotations
 
 import torch
-from torch import nn
+
+from guidelib.core.points.part import Exact
 
 RADIX = 16
 
 
-class Fastfood(nn.Module):
+class Fastfood(Exact):
     """P (size, d) for one tensor of ``size`` entries: nothing is trained, and nothing is saved, since the
     ``generator`` makes it again.
 

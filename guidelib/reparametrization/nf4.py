@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from guidelib.core.anatomy import Site, Targets
 from guidelib.core.attaching import attached
 from guidelib.core.method import Method, expect, is_whole
-from guidelib.core.points.part import Place, hollow, where
+from guidelib.core.points.part import Exact, Place, hollow, where
 from guidelib.core.points.passes import Call
 from guidelib.core.points.weight_space import WeightSpacePart
 from guidelib.core.values import beside, has_values
@@ -58,7 +58,7 @@ def _pairs(device: torch.device) -> torch.Tensor:
         return levels()[torch.stack((byte >> 4, byte & 15), dim=1)].to(device)
 
 
-class Quantized(nn.Module):
+class Quantized(Exact):
     """A weight of any shape in NF4.  Its buffers are all that there is of it.
 
     codes: two entries per byte.  scales: one per block, 32-bit, or 8-bit whole numbers with ``double``; then
@@ -102,12 +102,7 @@ class Quantized(nn.Module):
         self.register_buffer(name, tensor, persistent=False)  # made again from the base, never in a file
 
     def _apply(self, fn, recurse=True):
-        """Move with the model.  A cast of it is for what W_deq is given out in, not for the scales."""
-        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            if self._buffers[name].dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(self._buffers[name].device)
         self.pairs = _pairs(self.codes.device)
         return self
 

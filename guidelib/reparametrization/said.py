@@ -28,7 +28,7 @@ from torch import nn
 
 from guidelib.core.anatomy import Anatomy
 from guidelib.core.method import Method, expect, is_whole
-from guidelib.core.points.part import Part
+from guidelib.core.points.part import Exact, Part
 from guidelib.core.points.weight_delta import added_dtype
 from guidelib.core.points.weight_space import WeightSpacePart
 from guidelib.core.values import autocasts
@@ -97,6 +97,7 @@ class Subspace(WeightSpacePart):
         # lambda (P theta) = P (lambda theta), and so autograd keeps d numbers for lambda instead of D_i
         moved = self.theta if self.scales is None else self.scales[i] * self.theta
         # sums of n terms do not fit 16 bits
+        moved = moved.to(torch.promote_types(moved.dtype, torch.float32))
         with torch.autocast(weight.device.type, enabled=False) if autocasts(weight) else nullcontext():
             moved = self.projections[i](moved)
         if moved.numel() != weight.numel():
@@ -107,7 +108,7 @@ class Subspace(WeightSpacePart):
         return weight + moved.view(weight.shape)
 
 
-class Dense(nn.Module):
+class Dense(Exact):
     """P (size, d) with Gaussian entries of variance 1 / size; its columns have length 1 on average."""
 
     def __init__(self, size: int, d: int, generator: torch.Generator, device: torch.device):

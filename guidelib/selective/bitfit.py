@@ -25,7 +25,7 @@ from torch import nn
 
 from guidelib.core.anatomy import Anatomy, Site, Targets, expect_numbers
 from guidelib.core.method import Method, expect
-from guidelib.core.points.part import Part
+from guidelib.core.points.part import Part, Place, map_of
 from guidelib.core.points.selection import Selection
 from guidelib.core.points.weight_delta import added_dtype
 
@@ -105,6 +105,10 @@ class AddedBias(Part):
     @property
     def place(self) -> str:
         return self._place
+
+    @property
+    def acts_on(self) -> tuple[Place, ...]:
+        return (map_of(self._module[0]),)
 
     def plug(self) -> None:
         self.hook(self._module[0], self._hook)

@@ -86,6 +86,8 @@ class LearnersPart(DeltaPart):
 
     @property
     def places(self) -> dict[Place, int | torch.Tensor]:
+        if self.gating is not None:
+            return super().places
         site, rows, found = self.site, self.delta.rows, {}
         for (place, n), own in zip(super().places.items(), self.delta.own, strict=False):
             found[place] = min(n, own.numel())

@@ -22,7 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate.state import AcceleratorState
+from datasets import Dataset
 from torch import nn
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
@@ -38,6 +40,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from guidelib.core.anatomy import Anatomy
 from guidelib.core.attaching import Attachment, attached
 from guidelib.core.method import expect, is_number, is_whole
 from guidelib.core.modes import modes_kept
@@ -129,6 +132,7 @@ def fit(
     )
 
     data = task.encode(tokenizer, "train", max_length)
+    _expect_data(model, task, data)
     collate = _collator(model, task, tokenizer)
     some = collate([data[i] for i in range(min(batch_size, len(data)))])
     with frozen_states(attachment, frozen, some):
@@ -168,6 +172,9 @@ def fit(
             optimizers=(optimizer, None),
         )
         trainer.remove_callback(PrinterCallback)
+        # or it multiplies losses by the number of processes, where a model's forward takes any keyword: all
+        # of these losses are means already
+        trainer.model_accepts_loss_kwargs = False
         trainer.attachment, trainer.losses, trainer.keep_less = attachment, [], keep_less
         trainer.states = states
         # not before the Trainer has put the model on its device
@@ -214,7 +221,7 @@ def evaluate(
     For classification that is ``accuracy`` (0 to 1); for text2text the scores of
     `guidelib.training.text2text.score` for what it writes greedily, unless ``write`` is False.  ``each`` adds
     an array with one entry per item, in the order of the data: whether the answer is right, or the chrF of
-    the text.
+    the text, where one is written.
     mixed_precision: "no", "bf16" or "fp16", as in ``fit``.  The model's mode and all random numbers stay what
     they are: it may be looked at while it trains.  Raises ValueError for a task that is not the model's, an
     empty split or an impossible number.
@@ -226,6 +233,7 @@ def evaluate(
     full = split not in SPLITS or len(getattr(task, split)) > 0
     expect(full, "task", f"{task.name} with an empty {split} split", "a task with data there")
     data = task.encode(tokenizer, split, max_length)
+    _expect_data(model, task, data)
     lengths = np.array([len(ids) for ids in data["input_ids"]])
     order = np.argsort(lengths, kind="stable")
     data = data.select(order)  # little padding
@@ -242,7 +250,9 @@ def evaluate(
         )
         trainer = Trainer(model, arguments, data_collator=_collator(model, task, tokenizer))
         if task.kind == "text2text":
-            loss = _token_loss(model, trainer.get_eval_dataloader(data))
+            # not the Trainer's, in which each of several processes would have a part
+            batches = DataLoader(data, batch_size, collate_fn=_collator(model, task, tokenizer))
+            loss = _token_loss(model, batches)
             if not write:
                 return {"loss": loss}
             texts = getattr(task, split)
@@ -256,7 +266,9 @@ def evaluate(
     logits = result.predictions
     logits = logits[0] if isinstance(logits, tuple) else logits  # before what the model puts out besides
     right[order] = logits.argmax(-1) == result.label_ids
-    found = {"accuracy": float(right.mean()), "loss": float(result.metrics["test_loss"])}
+    # not the metrics' loss, to which each of several processes would give the same weight
+    loss = F.cross_entropy(torch.tensor(logits).float(), torch.tensor(result.label_ids))
+    found = {"accuracy": float(right.mean()), "loss": float(loss)}
     return found | ({"each": right} if each else {})
 
 
@@ -264,7 +276,8 @@ def _steps(items: int, batch_size: int, epochs: float) -> int:
     """How many there are, of each process where torchrun has started several."""
     # a scheduler may set the first alone, which does not make a process one of several
     processes = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
-    return math.ceil(epochs * math.ceil(math.ceil(items / batch_size) / processes))
+    batches = math.ceil(math.ceil(items / batch_size) / processes)
+    return math.ceil(round(epochs * batches, 9))  # 1.1 * 10 is a little more than 11
 
 
 def _one_device(folder: str, **arguments: Any) -> TrainingArguments:
@@ -311,6 +324,27 @@ def _ready(model: PreTrainedModel) -> Iterator[None]:
         AcceleratorState._shared_state.update(state)
 
 
+def _expect_data(model: PreTrainedModel, task: Task, data: Dataset) -> None:
+    """Raise ValueError for what the model would stumble over in the middle: texts or targets too long for its
+    positions, tokens or labels that it does not have."""
+    given = {"encoder": "input_ids", "decoder": "labels" if task.kind == "text2text" else "input_ids"}
+    for name, body in Anatomy(model).bodies().items():
+        longest = max(map(len, data[given[name]]))
+        room = longest if body.places is None else body.places - body.first
+        expect(longest <= room, "max_length", longest, f"at most {room}, the positions of the {name}")
+    highest = max(max(ids, default=0) for ids in data["input_ids"])
+    own = highest < model.get_input_embeddings().num_embeddings
+    expect(own, "tokenizer", f"one with a token {highest}", "the model's own")
+    if task.kind == "classification":
+        there = {*data["labels"]} <= {*range(len(task.labels))}
+        expect(
+            there,
+            "task",
+            f"{task.name} with labels {sorted({*data['labels']})}",
+            "one with all its labels named",
+        )
+
+
 def _expect_task(model: PreTrainedModel, task: Task) -> None:
     """Raise ValueError if the model has no head for the task."""
     expect(isinstance(task, Task), "task", task, "a Task, such as load_task() gives")
@@ -348,7 +382,8 @@ def _token_loss(model: PreTrainedModel, batches: DataLoader) -> float:
     total = count = 0
     for batch in batches:
         tokens = int((batch["labels"] != -100).sum())
-        total += float(model.eval()(**batch).loss) * tokens
+        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        total += float(model.eval()(**inputs).loss) * tokens
         count += tokens
     return total / count
 

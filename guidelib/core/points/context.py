@@ -96,6 +96,7 @@ class PromptPart(Part):
             mask = given["attention_mask"] = join(mask.new_ones(len(mask), self.length), mask, start)
         if self.counted:
             told = given.get("position_ids")
+            self._expect_whole(call, embedded, mask, told, inside)
             given["position_ids"] = self._positions(told, embedded, mask, inside)
         if new:
             prompt = self.prompt(len(embedded)).to(embedded.dtype)
@@ -110,9 +111,32 @@ class PromptPart(Part):
             output = call(**given)
         return output if self.body.follower is not None else self._text(output, start)
 
+    def _expect_whole(
+        self,
+        call: Call,
+        embedded: torch.Tensor,
+        mask: torch.Tensor | None,
+        told: torch.Tensor | None,
+        inside: int,
+    ) -> None:
+        """Raise ValueError if the text does not join what is in the cache, as in a further call of generate:
+        transformers counts the prompt among what the cache has read, and leaves out as many tokens."""
+        if not inside or any(isinstance(function.__self__, PromptPart) for function in call.behind):
+            return  # the last of several prompts knows how long they are together
+        n, due = embedded.shape[1], inside + self.body.first - self.length
+        lost = mask.shape[1] - inside - n if mask is not None else 0
+        if mask is None and told is not None and has_values(told) and not torch.compiler.is_compiling():
+            lost = max(0, int(told[0, 0]) - due)
+        if lost:
+            raise ValueError(
+                f"past_key_values: between the {inside} places of the cache and the {n} new tokens {lost} "
+                f"are missing beside {self.name}; generate without a cache of an earlier call"
+            )
+
     def _text(self, output: Any, start: torch.Tensor | None) -> Any:
         """The body's output for the text alone."""
-        return text_of(output, lambda states: without(states, self.length, start))
+        n = output[0].shape[1]  # of all states: a late prompt stands in front of some of them
+        return text_of(output, lambda states: without(states[:, -n:], self.length, start))
 
     def _positions(
         self, told: torch.Tensor | None, embedded: torch.Tensor, mask: torch.Tensor | None, inside: int
@@ -242,7 +266,10 @@ class LatePart(Part):
     def _made(self, states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """The prompt (B, l, d)."""
         if self.reads_text:
-            seen = torch.ones_like(states[..., :1]) if mask is None else text_in(mask).to(states.dtype)
+            seen = torch.ones_like(states[..., :1])
+            if mask is not None:  # another late prompt may stand in front
+                text = text_in(mask).to(states.dtype)
+                seen = F.pad(text, (0, 0, states.shape[1] - text.shape[1], 0), value=1.0)
             mean = (states * seen).sum(1) / seen.sum(1)
             prompt = self.prompt(mean.to(next(self.prompt.parameters()).dtype))  # 32 bits beside 16
         else:

@@ -121,5 +121,5 @@ class Gate(nn.Module):
         seen = passes.notes().get(self._texts[0], {}).get(self.mask)
         if seen is None:
             return g.mean(1, keepdim=True)
-        seen = seen.to(g.dtype)
+        seen = F.pad(seen.to(g.dtype), (0, 0, g.shape[1] - seen.shape[1], 0), value=1.0)  # late prompts
         return (g * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True)

@@ -99,10 +99,20 @@ class Part(nn.Module):
         there, or which ones of a whole parameter.  What is also trained in place is counted there."""
         return {where(parameter): parameter.numel() for parameter in self.parameters()}
 
+    @property
+    def acts_on(self) -> Iterable[Place]:
+        """The maps whose output it changes besides, where that depends on who stands there before it."""
+        return ()
+
 
 def where(parameter: nn.Parameter, rows: slice | None = None) -> Place:
     """The place of ``parameter``, or of one map's rows of a fused one."""
     return id(parameter), None if rows is None else (rows.start, rows.stop)
+
+
+def map_of(layer: nn.Module, rows: slice | None = None) -> Place:
+    """The place of the map that ``layer`` is; one that is not plain may hold no weight."""
+    return where(getattr(layer, "weight", layer), rows)
 
 
 def standing(module: nn.Module) -> nn.Module:
@@ -135,6 +145,18 @@ def put(parameter: torch.Tensor, value: torch.Tensor) -> None:
 def hollow(tensor: torch.Tensor) -> bool:
     """Whether it is a stand-in without memory (see ``nf4.release``), into which nothing can be written."""
     return tensor.numel() > 1 and not any(tensor.stride())
+
+
+class Exact(nn.Module):
+    """Its buffers keep their type when the model is cast: other values follow from them."""
+
+    def _apply(self, fn, recurse=True):
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
 
 
 def expect_there(weights: Iterable[torch.Tensor]) -> None:

@@ -8,10 +8,12 @@ base parameter is never exchanged: a module that has to compute with other tenso
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -46,13 +48,14 @@ def take(key: Any) -> Any:
 
 @contextmanager
 def noted(more: Mapping[Any, Any]) -> Iterator[None]:
-    """Within the block, ``more`` is noted besides."""
+    """Within the block, ``more`` is noted besides; what others note there stays."""
     before = _thread.notes
     _thread.notes = {**before, **more}
     try:
         yield
     finally:
-        _thread.notes = before
+        others = {key: value for key, value in _thread.notes.items() if key not in more}
+        _thread.notes = others | {key: before[key] for key in more if key in before}
 
 
 def framed(call: Call, *args: Any, **kwargs: Any) -> Any:
@@ -179,7 +182,13 @@ class Detour:
 
     def add(self, function: Callable) -> None:
         self.around = (*self.around, function)
-        self.module.__dict__["forward"] = self.forward
+
+        def forward(detour: Detour, *args: Any, **kwargs: Any) -> Any:
+            return Detour.forward(detour, *args, **kwargs)
+
+        # the Trainer leaves out what a forward has no argument for
+        forward.__signature__ = inspect.signature(type(self.module).forward)
+        self.module.__dict__["forward"] = MethodType(forward, self)
 
     def remove(self, part: object) -> None:
         """Let go of the functions of ``part``.  Somebody else may have put a forward over this one by now; it

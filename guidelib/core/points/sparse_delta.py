@@ -150,6 +150,10 @@ class Support(Part):
         spans = pairwise([0, *accumulate(sizes)])
         self._spans = {name: slice(*span) for name, span in zip(self._index, spans, strict=True)}
 
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self._divide(self.sizes.tolist())
+
     @property
     def k(self) -> int:
         """How many entries are trained in the end."""

@@ -25,7 +25,7 @@ from torch import nn
 from guidelib.core.anatomy import Anatomy, Sublayer
 from guidelib.core.method import Method, expect
 from guidelib.core.points import passes
-from guidelib.core.points.part import Part
+from guidelib.core.points.part import Part, Place, map_of
 from guidelib.core.points.weight_delta import computed_dtype
 from guidelib.core.values import autocasts
 
@@ -96,16 +96,27 @@ class SublayerPart(Part):
     def _acts(self) -> bool:
         return not (self.training and self in passes.notes().get(SKIPPED, ()))
 
-    def plug(self) -> None:
+    @property
+    def _last(self) -> nn.Module | None:
+        """The module whose output is h; None behind BART's dropout, which is no module: see _behind_sum."""
         at, before = self.sublayer, self.point == "before dropout"
-        behind_sum = at.dropout_function and not before  # BART's dropout is no module: see _behind_sum
-        if behind_sum or self.method.reads != "output":
+        if at.dropout_function and not before:
+            return None
+        return at.out.module if before or at.dropout is None else at.dropout
+
+    @property
+    def acts_on(self) -> tuple[Place, ...]:
+        out = self.sublayer.out.module
+        return (map_of(out),) if self._last is out else ()
+
+    def plug(self) -> None:
+        at, last = self.sublayer, self._last
+        if last is None or self.method.reads != "output":
             self.around(at.block, self.frame)
             self.hook(at.source, self._remember, before=True)
-        if behind_sum:
+        if last is None:
             self.hook(at.norm, self._behind_sum, before=True)
         else:
-            last = at.out.module if before or at.dropout is None else at.dropout
             self.hook(last, self._behind)
 
     def _remember(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:

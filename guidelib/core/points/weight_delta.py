@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from guidelib.core.anatomy import Anatomy, Site, fault_of
 from guidelib.core.method import Method
-from guidelib.core.points.part import Part, Place, standing, where
+from guidelib.core.points.part import Part, Place, map_of, standing, where
 from guidelib.core.values import autocasts
 
 
@@ -154,13 +154,16 @@ class DeltaPart(Part):
         if self.gating is not None:
             return super().places
         layer, rows = self.site.module, self.site.rows
-        weight = getattr(layer, "weight", layer)  # a layer that is not plain may hold none
-        trained = getattr(weight, "requires_grad", False)
-        changed = {where(weight, rows): 0 if trained else math.prod(self.site.shape)}
+        trained = getattr(getattr(layer, "weight", layer), "requires_grad", False)
+        changed = {map_of(layer, rows): 0 if trained else math.prod(self.site.shape)}
         if getattr(layer, "bias", None) is not None:  # read at least
             moved = self.delta.moves_bias and not layer.bias.requires_grad
             changed[where(layer.bias, rows)] = self.site.bias.numel() if moved else 0
         return changed
+
+    @property
+    def acts_on(self) -> tuple[Place, ...]:
+        return () if self.gating is None else (map_of(self.site.module, self.site.rows),)
 
     def plug(self) -> None:
         if self.delta.enters:

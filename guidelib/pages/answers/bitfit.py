@@ -15,7 +15,7 @@ class _Misleading(nn.Module):
         self.relative_attention_bias = nn.Embedding(4, 2)
         self.bias_map = nn.Linear(2, 3, bias=bias)
         self.inner = nn.ModuleDict({"norm": nn.LayerNorm(3), "debiased": nn.Linear(3, 2)})
-        self.bias = nn.Parameter(nn.Linear(2, 3).weight)
+        self.inner.bias = nn.Parameter(nn.Linear(2, 3).weight)
 
 
 @exercise(

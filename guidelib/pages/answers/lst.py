@@ -8,7 +8,7 @@ from guidelib.pages.exercises import exercise
 
 
 @exercise(
-    hint="The input of the block is z + mu (s - z). The sigmoid's slope is mu (1 - mu), by alpha / T.",
+    hint="The input of the block is z + mu (s - z). The sigmoid's slope is mu (1 - mu), by alpha / tau.",
     inputs=[(*draw((2, 5, 4), (2, 5, 4), (2, 5, 4)), *rest) for rest in ((0.0, 0.1), (0.2, 0.5))],
     tolerance=1e-4,
 )

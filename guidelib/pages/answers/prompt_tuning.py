@@ -24,7 +24,7 @@ def _batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @exercise(
-    hint="A text's padding are the zeros at the start of its row of the mask. The prompt comes after them.",
+    hint="A text's padding is the zeros at the start of its row of the mask. The prompt comes after them.",
     inputs=[_batch()],
 )
 def prepend(P, embedded, mask):
