@@ -143,7 +143,7 @@ def survey_table(method: str, found: CostTable, *labels: str) -> Output:
         {"": claim, "survey v1": one, "survey v2": two} | {label: measured[label][claim] for label in labels}
         for claim, one, two in claims(method)
     ]
-    caption = f"{method}: the survey's claims, and what was measured above (FLOPs of the backward pass)."
+    caption = f"{method}: the survey's claims, and what was measured above (backward FLOPs)."
     return table(rows, caption=caption)
 
 
