@@ -520,10 +520,9 @@ def test_the_best_runs_are_those_that_the_verdict_is_of():
 @pytest.mark.parametrize("name", [p.stem for p in experiments.RESULTS.glob("*.json")])
 def test_stored_results_are_those_of_the_plan(name):
     result = load_results(name)
-    if "tuning_seeds" in result["settings"]:  # not one of the earlier protocol
-        assert result["settings"] == experiments.experiment(name).to_json()
-        runs = Results(experiments.experiment(name), result["runs"])
-        assert runs.sorted() == result["runs"]
+    assert result["settings"] == experiments.experiment(name).to_json()
+    runs = Results(experiments.experiment(name), result["runs"])
+    assert runs.sorted() == result["runs"]
 
 
 # from task to task

@@ -29,7 +29,7 @@ from guidelib.core.fingerprint import Sums, base_of
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 ROUNDINGS = ((F32,), (F16,), (BF16,), (F16, BF16), (BF16, F32), (torch.float64,))
-RESULTS = Path(gl.__file__).parent / "experiments/results/transfer"
+RESULTS = Path(gl.__file__).parent / "experiments/results/domains"
 
 
 def rounded(backbone, types, **other):

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import guidelib as gl
-from guidelib.experiments import earlier
 from guidelib.pages import prices
 
 METHODS = {
@@ -140,23 +139,6 @@ def test_a_finding_says_every_verdict():
     assert finding.text in repr(finding) and finding.text.count("LoRA") == 1
     with pytest.raises(ValueError, match="label must be one of"):
         finding["sideways"]
-
-
-def test_a_transfer_between_domains_is_one_task_of_their_means():
-    def row(score):
-        return {split: {"accuracy": score, "loss": 1.0} for split in ("validation", "test")}
-
-    runs = []
-    for seed in (0, 1):
-        key = {"lr": 1, "seed": seed}
-        runs += [{"method": "own", "domain": name} | key | row(s) for name, s in (("a", 0.5), ("b", 0.7))]
-        across = {"a": row(0.6), "b": row(0.9)}
-        runs.append({"method": "pooled", "domain": "all", "across": across} | key | row(0.1))
-    settings = {"domains": ["a", "b"], "seeds": [0, 1], "ways": {"own": {}, "pooled": {}}}
-    one = earlier.of_domains({"settings": settings, "runs": runs})
-    assert len(one["runs"]) == 4
-    means = {verdict.method: verdict.mean for verdict in gl.finding(one, "own").verdicts}
-    assert means == {"own": pytest.approx(60), "pooled": pytest.approx(75)}
 
 
 def test_a_recording_looks_after_each_step():

@@ -10,7 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from guidelib.core.method import expect
-from guidelib.experiments import earlier
 from guidelib.experiments.base import Experiment, Results, Row
 from guidelib.experiments.comparison import Comparison, Setting, read_plan
 from guidelib.experiments.transfer import DOMAINS, PROMPTS, Transfer, across, overall
@@ -27,7 +26,6 @@ __all__ = [
     "across",
     "best_runs",
     "compare",
-    "earlier",
     "experiment",
     "load_results",
     "names",
