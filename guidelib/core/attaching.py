@@ -352,8 +352,8 @@ class Attachment:
             parameters[name].grad = None
         for module in self.model.modules():
             vars(module).pop(CARRIED, None)
-        delattr(self.model, ADDED)
         torch.compiler.reset()
+        delattr(self.model, ADDED)
         self._kept, self._originals = {}, {}
 
     @property
