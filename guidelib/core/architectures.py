@@ -26,8 +26,6 @@ TARGET_NAMES = (
     *FFN_ROLES,
     *GROUPS,
 )
-# the children of a model that were taken for its head by the first format of files
-FIRST_HEADS = ("pre_classifier", "classifier", "score", "classification_head", "qa_outputs")
 LOADED = "_is_hf_initialized"  # transformers' mark of a parameter that a checkpoint held
 PRETRAINED = ("MODEL", "MODEL_FOR_PRETRAINING", "MODEL_FOR_CAUSAL_LM", "MODEL_FOR_MASKED_LM")
 PRETRAINED += ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM",)

@@ -151,6 +151,12 @@ def _plain(name: str) -> str:
     return name.replace("parametrizations.", "").removesuffix(".original")
 
 
+def _by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by their names, and by those that they had."""
+    named = dict(model.named_parameters())
+    return {_plain(name): p for name, p in named.items()} | named
+
+
 def _several(names: list[str]) -> str:
     return repr(names[0]) + f" and {len(names) - 1} more" * (len(names) > 1)
 
@@ -314,7 +320,7 @@ class Attachment:
             self._kept[name] = copied(parameter)
 
     def _unmerge_weights(self) -> None:
-        parameters = {_plain(name): p for name, p in self.model.named_parameters()}
+        parameters = _by_name(self.model)
         for name, kept in self._kept.items():
             if name in parameters:  # or its layer was taken out meanwhile
                 put(parameters[name], kept)
@@ -340,7 +346,7 @@ class Attachment:
             return
         for part in self.parts:
             part.unplug()
-        parameters = {_plain(name): p for name, p in self.model.named_parameters()}
+        parameters = _by_name(self.model)
         if not merged:
             self._unmerge_weights()
             for part in self.parts:
@@ -397,7 +403,8 @@ class Attachment:
     def _unknown(self) -> list[str]:
         """The names of the base's parameters that were unfrozen after ``attach``."""
         parameters = self.anatomy.base_parameters().items()
-        return [name for name, p in parameters if p.requires_grad and _plain(name) not in self._originals]
+        known = self._originals
+        return [n for n, p in parameters if p.requires_grad and n not in known and _plain(n) not in known]
 
     def state(self) -> dict[str, torch.Tensor]:
         """What a file holds: the added tensors, and the base parameters that are changed in place.  Raises

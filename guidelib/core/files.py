@@ -1,7 +1,7 @@
 """What a saved method looks like on disk: one safetensors file, whose metadata say which method it is and
 which base it belongs to.
 
-    format     "guidelib 2"; a file of "guidelib 1", without a checksum and with a hash for a base, is read
+    format     "guidelib 2"
     method     the method, as JSON
     base       the architecture, a hash of the shapes, and sums of weights: see fingerprint.py
     drawn      if there are any: the names of parameters beside the blocks that transformers had drawn, which
@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save_file
 
 from guidelib.core.anatomy import ADDED, Anatomy
-from guidelib.core.fingerprint import difference, difference_from_first
+from guidelib.core.fingerprint import difference
 from guidelib.core.values import has_values
 
 try:
@@ -37,7 +37,6 @@ except ImportError:  # not on Windows, where what a killed process has left stay
     fcntl = None
 
 FORMAT = "guidelib 2"
-FIRST = "guidelib 1"
 
 
 def write(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Path:
@@ -136,15 +135,14 @@ def read(
         drawn = frozenset(json.loads(metadata.get("drawn", "[]")))
     except (safetensors.SafetensorError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"path: {path.name!r} is damaged or no safetensors file ({error})") from error
-    if metadata.get("format") not in (FORMAT, FIRST):
+    if metadata.get("format") != FORMAT:
         raise ValueError(f"path: {path.name!r} was not saved by guidelib (format {metadata.get('format')!r})")
-    if metadata["format"] == FORMAT and metadata.get("checksum") != checksum(tensors, metadata):
+    if metadata.get("checksum") != checksum(tensors, metadata):
         raise ValueError(f"path: {path.name!r} is damaged: its checksum is not that of what it holds")
     _expect_finite(path, tensors)
     brought = {name for name in tensors if not name.startswith(f"{ADDED}.")}
-    differs = difference if metadata["format"] == FORMAT else difference_from_first
     try:
-        found = differs(anatomy, base, brought, any_weights)
+        found = difference(anatomy, base, brought, any_weights)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"path: {path.name!r} is damaged: it does not say which backbone it belongs to"

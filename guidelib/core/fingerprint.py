@@ -18,7 +18,6 @@ import torch
 from torch.nn import functional as F
 
 from guidelib.core.anatomy import Anatomy
-from guidelib.core.architectures import FIRST_HEADS
 from guidelib.core.values import has_values
 
 SAMPLE = 16  # entries of a tensor
@@ -127,21 +126,3 @@ def difference(
         return None
     more = f" and {len(apart) - 1} more" if len(apart) > 1 else ""
     return f"its weights differ from this model's in {apart[0]!r}{more}"
-
-
-def difference_from_first(
-    anatomy: Anatomy, base: Mapping[str, Any], brought: Collection[str], any_weights: bool
-) -> str | None:
-    """The same for a file of the first format, which has a hash of entries that were rounded to bfloat16."""
-    parameters = sorted(anatomy.base_parameters().items())
-    mine = {name: p.detach() for name, p in parameters if name.split(".")[0] not in FIRST_HEADS}
-    sample = hashlib.sha256()
-    for parameter in mine.values():
-        if has_values(parameter):
-            few = parameter.flatten()[:: max(1, parameter.numel() // 16)].to(torch.bfloat16).cpu()
-            sample.update(few.view(torch.int16).numpy().tobytes())
-    found = {"architecture": anatomy.kind, "shapes": _shapes(mine), "weights": sample.hexdigest()[:16]}
-    for key, meaning in (("model_type", "architecture"), ("shapes", "shapes"), ("weights", "weights")):
-        if found[meaning] != base[key] and not (key == "weights" and any_weights):
-            return f"its {meaning} {base[key]!r} differ from this model's {found[meaning]!r}"
-    return None
