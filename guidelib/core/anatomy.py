@@ -6,6 +6,7 @@ architectures.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -198,6 +199,11 @@ class Body:
     blocks: tuple[nn.Module, ...]
     closing: nn.Module | None
     names: Stack
+
+    @property
+    def room(self) -> float:
+        """How many tokens a text may have."""
+        return math.inf if self.places is None else self.places - self.first
 
     @property
     def like(self) -> torch.Tensor:

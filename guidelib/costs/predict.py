@@ -70,8 +70,7 @@ def expect_room(model: PreTrainedModel, length: int, target_length: int) -> None
     for name, body in Anatomy(model).bodies().items():
         targets = name == "decoder" and model.config.is_encoder_decoder
         argument, tokens = ("target_length", target_length) if targets else ("length", length)
-        room = tokens if body.places is None else body.places - body.first
-        expect(tokens <= room, argument, tokens, f"at most {room}, the positions of the {name}")
+        expect(tokens <= body.room, argument, tokens, f"at most {body.room}, the positions of the {name}")
 
 
 def _blank(

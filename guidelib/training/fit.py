@@ -327,22 +327,18 @@ def _ready(model: PreTrainedModel) -> Iterator[None]:
 def _expect_data(model: PreTrainedModel, task: Task, data: Dataset) -> None:
     """Raise ValueError for what the model would stumble over in the middle: texts or targets too long for its
     positions, tokens or labels that it does not have."""
-    given = {"encoder": "input_ids", "decoder": "labels" if task.kind == "text2text" else "input_ids"}
+    ids, labels = list(data["input_ids"]), list(data["labels"])
     for name, body in Anatomy(model).bodies().items():
-        longest = max(map(len, data[given[name]]))
-        room = longest if body.places is None else body.places - body.first
-        expect(longest <= room, "max_length", longest, f"at most {room}, the positions of the {name}")
-    highest = max(max(ids, default=0) for ids in data["input_ids"])
+        longest = max(map(len, labels if task.kind == "text2text" and name == "decoder" else ids))
+        accepted = f"at most {body.room}, the positions of the {name}"
+        expect(longest <= body.room, "max_length", longest, accepted)
+    highest = max(max(row, default=0) for row in ids)
     own = highest < model.get_input_embeddings().num_embeddings
     expect(own, "tokenizer", f"one with a token {highest}", "the model's own")
     if task.kind == "classification":
-        there = {*data["labels"]} <= {*range(len(task.labels))}
-        expect(
-            there,
-            "task",
-            f"{task.name} with labels {sorted({*data['labels']})}",
-            "one with all its labels named",
-        )
+        found = {*labels}
+        named = found <= {*range(len(task.labels))}
+        expect(named, "task", f"{task.name} with labels {sorted(found)}", "one with all its labels named")
 
 
 def _expect_task(model: PreTrainedModel, task: Task) -> None:

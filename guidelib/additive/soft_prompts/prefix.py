@@ -28,7 +28,7 @@ from guidelib.core.anatomy import ADDED, Anatomy, Attention, Body, Targets
 from guidelib.core.method import Attached, Method, expect, is_whole
 from guidelib.core.points.context import PrefixPart
 from guidelib.core.points.part import Part
-from guidelib.core.points.passes import Call, noted, notes, remember
+from guidelib.core.points.passes import Call, noted, notes, reentrant, remember
 from guidelib.core.points.weight_delta import added_dtype
 
 
@@ -112,7 +112,7 @@ class Made(Part):
         self.around(self._body[0], self._make)
 
     def _make(self, call: Call, *args: Any, **kwargs: Any) -> Any:
-        if self.encoder is None or _reentrant(call.module):
+        if self.encoder is None or reentrant(call.module):
             return call(*args, **kwargs)
         remember(self._body[0])
         with noted({self: self.values()}):
@@ -121,14 +121,6 @@ class Made(Part):
     def values(self) -> torch.Tensor:
         """(P, attentions, 2 * width)."""
         return self.encoder(self.E).unflatten(-1, (-1, self._width))
-
-
-def _reentrant(body: nn.Module) -> bool:
-    """Whether blocks are checkpointed in the way that goes back through each by itself, and so cannot share
-    what is made for all of them."""
-    checkpointed = (m for m in body.modules() if getattr(m, "gradient_checkpointing", False))
-    functions = [getattr(module, "_gradient_checkpointing_func", None) for module in checkpointed]
-    return any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions)
 
 
 class Slice(nn.Module):

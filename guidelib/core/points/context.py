@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -267,9 +268,8 @@ class LatePart(Part):
         """The prompt (B, l, d)."""
         if self.reads_text:
             seen = torch.ones_like(states[..., :1])
-            if mask is not None:  # another late prompt may stand in front
-                text = text_in(mask).to(states.dtype)
-                seen = F.pad(text, (0, 0, states.shape[1] - text.shape[1], 0), value=1.0)
+            if mask is not None:
+                seen = with_front(text_in(mask).to(states.dtype), states.shape[1])
             mean = (states * seen).sum(1) / seen.sum(1)
             prompt = self.prompt(mean.to(next(self.prompt.parameters()).dtype))  # 32 bits beside 16
         else:
@@ -431,9 +431,14 @@ def text_of(output: Any, out: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return output
 
 
-def arguments(module: nn.Module) -> list[str]:
+def arguments(module: nn.Module) -> tuple[str, ...]:
     """The names of the arguments of the module's own forward, in order."""
-    return [*inspect.signature(type(module).forward).parameters][1:]
+    return _arguments(type(module))
+
+
+@cache
+def _arguments(kind: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
 def expect_places(mask: Any, module: nn.Module, name: str) -> None:
@@ -451,6 +456,11 @@ def text_in(mask: torch.Tensor) -> torch.Tensor:
     """(B, T, 1): what is text and no padding, by what the last token sees in a block's mask."""
     last = mask[:, 0, -1]
     return (last if last.dtype == torch.bool else last == 0).unsqueeze(-1)
+
+
+def with_front(text: torch.Tensor, n: int) -> torch.Tensor:
+    """``text`` (B, T, 1) for n places: what stands in front, of late prompts, is no padding."""
+    return F.pad(text, (0, 0, n - text.shape[1], 0), value=1.0)
 
 
 def cache_in(given: dict[str, Any]) -> Any:

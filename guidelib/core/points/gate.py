@@ -24,7 +24,7 @@ from torch import nn
 from guidelib.core.anatomy import Anatomy
 from guidelib.core.method import Wrapper, expect
 from guidelib.core.points import passes
-from guidelib.core.points.context import PrefixPart, arguments, expect_places, text_in
+from guidelib.core.points.context import PrefixPart, arguments, expect_places, text_in, with_front
 from guidelib.core.points.part import Part
 from guidelib.core.points.passes import Call
 from guidelib.core.points.sublayer import SublayerPart
@@ -121,5 +121,5 @@ class Gate(nn.Module):
         seen = passes.notes().get(self._texts[0], {}).get(self.mask)
         if seen is None:
             return g.mean(1, keepdim=True)
-        seen = F.pad(seen.to(g.dtype), (0, 0, g.shape[1] - seen.shape[1], 0), value=1.0)  # late prompts
+        seen = with_front(seen.to(g.dtype), g.shape[1])
         return (g * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True)

@@ -85,6 +85,19 @@ def remember(model: nn.Module) -> None:
             block._gradient_checkpointing_func = partial(_remembering, checkpoint)
 
 
+def reentrant(model: nn.Module) -> bool:
+    """Whether blocks are checkpointed in the way that goes back through each by itself, and so cannot share
+    what is made for all of them."""
+    for block in model.modules():
+        checkpoint = getattr(block, "_gradient_checkpointing_func", None)
+        if getattr(checkpoint, "func", None) is _remembering:
+            checkpoint = checkpoint.args[0]
+        if getattr(block, "gradient_checkpointing", False):
+            if getattr(checkpoint, "keywords", {}).get("use_reentrant"):
+                return True
+    return False
+
+
 def _remembering(checkpoint: Callable, function: Callable, *args: Any) -> Any:
     return _checkpoint(checkpoint, _thread.notes, function, *args)
 

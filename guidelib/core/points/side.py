@@ -142,9 +142,10 @@ class SidePart(Part):
         """Around a body: it leaves a trail, and its network's state takes the place of its own."""
         if OPEN in passes.notes():
             return call(*args, **kwargs)
-        for module in self.closed:
-            if module.training:  # a part of the model was put in training mode by itself
-                self.held = self.held | {module: True}
+        if awake := [module for module in self.closed if module.training]:
+            # a part of the model was put in training mode by itself
+            self.held = self.held | dict.fromkeys(awake, True)
+            for module in awake:
                 module.training = False
         body = next(body for body in self._bodies if body.module is call.module)
         given = dict(zip(self._arguments[call.module], args, strict=False)) | kwargs
@@ -235,7 +236,7 @@ class Again:
         if (cache := cache_in(given)) is not None:
             _make_room(cache, 2 * len(trail.body.blocks))
         # by position what may have a gradient, which reentrant checkpointing has for nothing else
-        names = arguments(block)[1:]
+        names = list(arguments(block)[1:])
         while names and (names[-1] not in GRADED or given.get(names[-1]) is None):
             names.pop()
         output = block(states, *[given.pop(name, None) for name in names], **given)
