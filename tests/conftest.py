@@ -13,6 +13,8 @@ import notebook_rules as rules
 import pytest
 from playwright.sync_api import sync_playwright
 
+from guidelib.core.points import passes
+
 QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run"]
 QUIET += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
@@ -21,6 +23,13 @@ def pytest_collection_finish():
     """What the imports made stays to the end: walking through it took 0.3 s in every full collection."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def nothing_noted():
+    """No pass through a model leaves a note in its thread."""
+    yield
+    assert not passes.notes()
 
 
 @dataclass(frozen=True)

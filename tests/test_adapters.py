@@ -207,8 +207,8 @@ def test_the_equation_by_hand_on_a_post_norm_block(place):
     block.register_forward_hook(lambda m, a, output: seen.update(y=output))
     outputs(model, batch("tiny-bert"))
     x = seen["x"]
-    with passes.noted({}):  # the block does not end, so that nothing takes the note of its input away
-        h = block.output.dense(F.gelu(block.intermediate.dense(x)))
+    h = block.output.dense(F.gelu(block.intermediate.dense(x)))
+    passes.take(attachment.parts[0])  # the block did not end, so that the note of its input is still there
     module = attachment.parts[0].module
     change = adapter_by_hand(module, h) if place == "sequential" else 4 * adapter_by_hand(module, x)
     assert (block.output.LayerNorm(h + change + x) - seen["y"]).abs().max() < 1e-12
@@ -224,8 +224,8 @@ def test_the_equation_by_hand_on_a_pre_norm_block():
     network.register_forward_hook(lambda m, args, output: seen.update(x=args[0], y=output))
     outputs(model, batch("tiny-t5-random"))
     x, module = seen["x"], attachment.parts[0].module
-    with passes.noted({}):
-        h = network.DenseReluDense(network.layer_norm(x))
+    h = network.DenseReluDense(network.layer_norm(x))
+    passes.take(attachment.parts[0])
     assert (x + h + 4 * adapter_by_hand(module, x) - seen["y"]).abs().max() < 1e-12
 
 
