@@ -13,7 +13,7 @@ from test_lora import ROBERTA_BASE, T5_LARGE
 
 import guidelib as gl
 from guidelib.core.method import Spec
-from guidelib.core.points.context import PrefixPart
+from guidelib.core.points.prefix import PrefixPart
 from guidelib.core.points.sublayer import SublayerPart
 from guidelib.core.points.weight_delta import DeltaPart
 from guidelib.hybrid.compacter import PHMLinear

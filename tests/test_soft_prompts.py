@@ -110,12 +110,12 @@ def test_a_prefix_of_real_keys_and_values_is_those_tokens(backbone, implementati
 @pytest.mark.parametrize("backbone", ["tiny-bert", "tiny-gpt2", "tiny-llama", "tiny-t5-random"])
 def test_attention_with_a_prefix_is_a_mixture(backbone):
     """(1 - lambda) of the attention to the text and lambda of that to the prefix, in each attention."""
-    from guidelib.core.points import context
+    from guidelib.core.points import prefix
 
     model, inputs = build(backbone), batch(backbone, padded=False)
     attachment = gl.attach(model, gl.PrefixTuning(length=3))
     randomise(attachment)
-    seen, attend = [], context.ALL_ATTENTION_FUNCTIONS["sdpa"]
+    seen, attend = [], prefix.ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def look(module, query, key, value, mask, **kwargs):
         result = attend(module, query, key, value, mask, **kwargs)
@@ -136,7 +136,7 @@ def test_attention_with_a_prefix_is_a_mixture(backbone):
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(context.ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", look)
+        patch.setitem(prefix.ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", look)
         outputs(model, inputs)
     assert len(seen) == len(attachment.parts) and max(seen) < 1e-12
 

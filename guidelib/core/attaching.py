@@ -26,7 +26,7 @@ from guidelib.core.anatomy import ADDED, Anatomy, expect_weights, modules_of
 from guidelib.core.bounds import Bounded
 from guidelib.core.files import FORMAT, checksum, read, write
 from guidelib.core.fingerprint import fingerprint
-from guidelib.core.method import Method, Spec, expect, is_whole
+from guidelib.core.method import Method, Spec, expect, expect_seed, is_whole
 from guidelib.core.points.choice import Choosing
 from guidelib.core.points.part import Part, copied, put
 from guidelib.core.points.passes import noted, notes, remember
@@ -76,7 +76,7 @@ def attach(
     or name that is not there, an impossible size, or a model that already carries a method, or shares layers
     with one that does (its backbone, or another head's).
     """
-    expect(is_whole(seed, 0) and seed < 2**63, "seed", seed, "a whole number from 0 to 2**63 - 1")
+    expect_seed(seed)
     attachment = _attach(model, method, seed, also=also)
     frozen = sorted(attachment.anatomy.drawn - attachment._selected)
     if frozen:

@@ -33,6 +33,12 @@ def is_whole(value: object, least: int = 1) -> bool:
     return type(value) is int and value >= least
 
 
+def expect_seed(seed: object, bits: int = 63) -> None:
+    """Raise ValueError unless a generator takes it: numpy's have 32 bits, torch's 63 and a sign."""
+    right = is_whole(seed, 0) and seed < 2**bits
+    expect(right, "seed", seed, f"a whole number from 0 to 2**{bits} - 1")
+
+
 LARGEST = sys.float_info.max
 
 

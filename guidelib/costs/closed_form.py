@@ -21,7 +21,8 @@ import torch
 from transformers import PreTrainedModel
 
 from guidelib.core.anatomy import ADDED, Anatomy, Site
-from guidelib.core.points.context import PrefixPart, PromptPart
+from guidelib.core.points.prefix import PrefixPart
+from guidelib.core.points.prompt import PromptPart
 from guidelib.core.points.sublayer import SublayerPart
 from guidelib.core.points.weight_delta import BranchCost, DeltaPart
 

@@ -13,8 +13,10 @@ from transformers import BertConfig, BertForSequenceClassification, BertLMHeadMo
 import guidelib
 from guidelib.core.attaching import Attachment, attach
 from guidelib.core.method import Method, expect
-from guidelib.core.points.context import LatePart, PrefixPart, PromptPart
+from guidelib.core.points.late import LatePart
 from guidelib.core.points.part import Part
+from guidelib.core.points.prefix import PrefixPart
+from guidelib.core.points.prompt import PromptPart
 from guidelib.core.points.pruned import Pruned
 from guidelib.core.points.side import SidePart
 from guidelib.core.points.sparse_delta import Support

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from guidelib.core.anatomy import Anatomy
-from guidelib.core.method import Method, expect, is_whole
+from guidelib.core.method import Method, expect, expect_seed, is_whole
 from guidelib.core.points.part import Exact, Part
 from guidelib.core.points.weight_delta import added_dtype
 from guidelib.core.points.weight_space import WeightSpacePart
@@ -56,8 +56,7 @@ class IntrinsicSAID(Method):
         expect(isinstance(self.scales, bool), "scales", self.scales, "True or False")
         known = self.projection in ("fastfood", "dense")
         expect(known, "projection", self.projection, "'fastfood' or 'dense'")
-        right = is_whole(self.seed, 0) and self.seed < 2**63
-        expect(right, "seed", self.seed, "a whole number from 0 to 2**63 - 1")
+        expect_seed(self.seed)
 
     def parts(self, anatomy: Anatomy, saved: Mapping[str, torch.Tensor]) -> list[Part]:
         head = anatomy.head()

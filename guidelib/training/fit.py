@@ -42,7 +42,7 @@ from transformers import (
 
 from guidelib.core.anatomy import Anatomy
 from guidelib.core.attaching import Attachment, attached
-from guidelib.core.method import expect, is_number, is_whole
+from guidelib.core.method import expect, expect_seed, is_number, is_whole
 from guidelib.core.modes import modes_kept
 from guidelib.machine import device
 from guidelib.materials.tasks import SPLITS, Task
@@ -112,7 +112,7 @@ def fit(
     attachment = attached(model)
     attachment.check()
     _expect_task(model, task)
-    expect(is_whole(seed, 0) and seed < 2**32, "seed", seed, "a whole number from 0 to 2**32 - 1")
+    expect_seed(seed, 32)
     expect(not attachment.merged, "model", "a merged one", "unmerged while it trains; call unmerge() first")
     for name, value in (("lr", lr), ("head_lr", lr if head_lr is None else head_lr), ("epochs", epochs)):
         expect(is_number(value) and value > 0, name, value, "a positive number")

@@ -28,9 +28,9 @@ from guidelib.additive.soft_prompts.prompt import Vectors, first_body, frequent
 from guidelib.additive.soft_prompts.reparametrized import MLP
 from guidelib.core.anatomy import ADDED, Anatomy, Body
 from guidelib.core.files import write
-from guidelib.core.method import Attached, Method, expect, is_whole
-from guidelib.core.points.context import PromptPart
+from guidelib.core.method import Attached, Method, expect, expect_seed, is_whole
 from guidelib.core.points.part import Part
+from guidelib.core.points.prompt import PromptPart
 from guidelib.core.points.weight_delta import added_dtype
 
 
@@ -146,8 +146,7 @@ class IPT(Method):
         for name in ("length", "d", "hidden"):
             value = getattr(self, name)
             expect(is_whole(value), name, value, "a whole number of at least 1")
-        right = is_whole(self.seed, 0) and self.seed < 2**63
-        expect(right, "seed", self.seed, "a whole number from 0 to 2**63 - 1")
+        expect_seed(self.seed)
         if self.space is not None:
             right = isinstance(self.space, str | os.PathLike)
             expect(right, "space", self.space, "the path of a file, or None")

@@ -23,7 +23,7 @@ from guidelib.additive.soft_prompts.prompt import Vectors
 from guidelib.additive.soft_prompts.reparametrized import MLP
 from guidelib.core.anatomy import Anatomy
 from guidelib.core.method import Method, expect, is_whole
-from guidelib.core.points.context import LatePart
+from guidelib.core.points.late import LatePart
 from guidelib.core.points.part import Part
 from guidelib.core.points.weight_delta import added_dtype
 

@@ -20,8 +20,8 @@ from guidelib.additive.soft_prompts.prompt import Vectors, first_body
 from guidelib.additive.soft_prompts.reparametrized import LSTM, MLP, Encoded
 from guidelib.core.anatomy import ADDED, Anatomy
 from guidelib.core.method import Attached, Method, expect, is_whole
-from guidelib.core.points.context import PromptPart
 from guidelib.core.points.part import Part
+from guidelib.core.points.prompt import PromptPart
 from guidelib.core.points.weight_delta import added_dtype
 
 

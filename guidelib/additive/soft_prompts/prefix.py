@@ -26,9 +26,9 @@ from guidelib.additive.soft_prompts.prompt import Several, Vectors
 from guidelib.additive.soft_prompts.reparametrized import MLP
 from guidelib.core.anatomy import ADDED, Anatomy, Attention, Body, Targets
 from guidelib.core.method import Attached, Method, expect, is_whole
-from guidelib.core.points.context import PrefixPart
 from guidelib.core.points.part import Part
 from guidelib.core.points.passes import Call, noted, notes, reentrant, remember
+from guidelib.core.points.prefix import PrefixPart
 from guidelib.core.points.weight_delta import added_dtype
 
 

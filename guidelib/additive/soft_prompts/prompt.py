@@ -22,8 +22,8 @@ from torch import nn
 from guidelib.core.anatomy import Anatomy, Body
 from guidelib.core.method import Method, expect, is_number, is_whole
 from guidelib.core.points.choice import Choosing
-from guidelib.core.points.context import PromptPart
 from guidelib.core.points.part import Part
+from guidelib.core.points.prompt import PromptPart
 from guidelib.core.points.weight_delta import added_dtype
 
 FREQUENT = 5000  # entries of the vocabulary

@@ -20,8 +20,8 @@ from guidelib.additive.soft_prompts.prompt import Vectors, first_body, frequent
 from guidelib.core.anatomy import ADDED, Anatomy
 from guidelib.core.files import read
 from guidelib.core.method import Method, expect, is_number, is_whole
-from guidelib.core.points.context import PromptPart
 from guidelib.core.points.part import Part
+from guidelib.core.points.prompt import PromptPart
 from guidelib.core.values import has_values
 
 

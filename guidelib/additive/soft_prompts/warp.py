@@ -25,8 +25,9 @@ from guidelib.additive.soft_prompts.prompt import Vectors, first_body, frequent
 from guidelib.core.anatomy import Anatomy
 from guidelib.core.method import Method, expect, is_whole
 from guidelib.core.points import passes
-from guidelib.core.points.context import PromptPart, text_of
 from guidelib.core.points.part import Part
+from guidelib.core.points.prompt import PromptPart
+from guidelib.core.points.sequence import text_of
 from guidelib.core.points.weight_delta import added_dtype
 
 

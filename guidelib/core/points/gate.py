@@ -24,9 +24,10 @@ from torch import nn
 from guidelib.core.anatomy import Anatomy
 from guidelib.core.method import Wrapper, expect
 from guidelib.core.points import passes
-from guidelib.core.points.context import PrefixPart, arguments, expect_places, text_in, with_front
 from guidelib.core.points.part import Part
 from guidelib.core.points.passes import Call
+from guidelib.core.points.prefix import PrefixPart
+from guidelib.core.points.sequence import arguments, expect_places, text_in, with_front
 from guidelib.core.points.sublayer import SublayerPart
 from guidelib.core.points.weight_delta import DeltaPart, added_dtype
 

@@ -27,9 +27,9 @@ from torch import nn
 from guidelib.core.anatomy import Anatomy, Body, sites_in
 from guidelib.core.method import Method, expect
 from guidelib.core.points import passes
-from guidelib.core.points.context import arguments, cache_in
 from guidelib.core.points.part import Part
 from guidelib.core.points.passes import Call
+from guidelib.core.points.sequence import arguments, cache_in
 from guidelib.core.values import autocasts
 
 OPEN = "open"  # a note: the backbone runs as it would alone, with a graph and without networks beside it

@@ -3,7 +3,7 @@
 import torch
 
 import guidelib as gl
-from guidelib.core.points.context import join, padding
+from guidelib.core.points.sequence import join, padding
 from guidelib.pages.answers import draw
 from guidelib.pages.exercises import exercise
 
