@@ -20,18 +20,8 @@ from guidelib.materials.data import KJV, WEB, WORDNET, packages
 from guidelib.materials.tasks import load_task
 from guidelib.pretraining import corpus as corpora
 from guidelib.pretraining.corpus import AUSTEN, GOSPELS, Corpus, corpus, windows
-from guidelib.pretraining.train import (
-    END,
-    FIRST,
-    MASK,
-    OBJECTIVES,
-    Plan,
-    Text,
-    pretrain,
-    schedule,
-    spoil,
-    train_tokenizer,
-)
+from guidelib.pretraining.rows import END, FIRST, MASK, OBJECTIVES, Text, spoil, train_tokenizer
+from guidelib.pretraining.train import Plan, pretrain, schedule
 
 # ---- the text
 

@@ -13,7 +13,8 @@ from guidelib.experiments import best_runs, load_results
 from guidelib.materials import checkpoints
 from guidelib.materials.checkpoints import TINY_T5_SHA256, tiny_t5_folder
 from guidelib.pretraining.card import CURVE, main, model_card
-from guidelib.pretraining.train import MASK, Text, held_out_losses
+from guidelib.pretraining.rows import MASK, Text
+from guidelib.pretraining.train import held_out_losses
 from guidelib.training.text2text import generate
 
 PAGE = Path(__file__).parent.parent / "book" / "tiny-t5.md"
