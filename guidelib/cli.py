@@ -47,10 +47,10 @@ def rebuild(
 
     The exit code is 1 if one of them is not, byte for byte, the file that this version was made with.
     """
-    from guidelib.materials import tasks
+    from guidelib.materials.data import rebuild_task
 
     with _in_a_sentence():
-        same = tasks.rebuild_task(*[name] if name else [], source_dir=sources, out_dir=out)
+        same = rebuild_task(*[name] if name else [], source_dir=sources, out_dir=out)
     if not same:
         raise typer.Exit(1)
 

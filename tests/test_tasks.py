@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 import guidelib.materials.data
 from guidelib import cli
 from guidelib.materials.backbones import load_backbone
-from guidelib.materials.data import EXCHANGED, EXTRACTS, FOLDER, HELD_OUT
-from guidelib.materials.tasks import SPLITS, Task, load_task, main, rebuild_task, task_card
+from guidelib.materials.cards import main, task_card
+from guidelib.materials.data import EXCHANGED, EXTRACTS, FOLDER, HELD_OUT, rebuild_task
+from guidelib.materials.tasks import SPLITS, Task, load_task
 
 PAGE = Path(__file__).parent.parent / "book" / "data.md"
 SIZES = {

@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 import guidelib as gl
-from guidelib.materials.tasks import put
+from guidelib.materials.cards import put
 from guidelib.pages import viz
 from guidelib.pages.places import classes
 from guidelib.survey import FIGURE, Label

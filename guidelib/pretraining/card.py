@@ -14,8 +14,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from guidelib.experiments import best_runs, experiment, load_results
+from guidelib.materials.cards import put
 from guidelib.materials.checkpoints import tiny_t5_folder
-from guidelib.materials.tasks import put
 from guidelib.pages import viz
 from guidelib.pretraining.corpus import AUSTEN, KJV, WEB, WORDNET
 
