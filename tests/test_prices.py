@@ -141,6 +141,19 @@ def test_a_finding_says_every_verdict():
         finding["sideways"]
 
 
+def test_a_finding_shows_another_task_beside():
+    both, other = result({"up": (3, 3.1, 3)}), result({"up": (0, 0.1, 0)})
+    both["settings"]["tasks"]["songs"] = {}
+    both["runs"] += [run | {"task": "songs"} for run in other["runs"]]
+    finding = gl.finding(both, "LoRA", also="songs")
+    assert (finding["up"].verdict, finding.also["up"].verdict) == ("above", "equal")
+    table = repr(finding)
+    assert "on songs" in table and "0.0 equal" in table and "and on songs." in finding.bundle["text/html"]
+    assert "songs" not in repr(gl.finding(both, "LoRA")) and gl.finding(both, "LoRA").also == {}
+    with pytest.raises(ValueError, match="task must be"):
+        gl.finding(both, "LoRA", also="dances")
+
+
 def test_a_recording_looks_after_each_step():
     weight = torch.nn.Parameter(torch.zeros(()))
     optimizer = torch.optim.SGD([weight], lr=1.0)

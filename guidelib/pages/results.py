@@ -21,15 +21,21 @@ _LOOKS = {  # verdict -> colour and marker; the colour never carries the meaning
 }
 
 
-def verdict_table(verdicts: Sequence[Verdict], *, caption: str = "") -> Output:
+def verdict_table(verdicts: Sequence[Verdict], *, also: Sequence[Verdict] = (), caption: str = "") -> Output:
     """The verdicts of `guidelib.experiments.compare` as a table, a row per method.
 
     Test score: mean ± standard deviation over the seeds.  Difference: from the reference, within pairs of
     equal seeds, with its 95 % interval.  A rate with * was at the edge of those tried, so there is no
-    verdict.  Raises ValueError where there is no row.
+    verdict.  also: the verdicts on the same methods in another task, which get one column.  Raises ValueError
+    where there is no row.
     """
     expect(bool(verdicts), "verdicts", verdicts, "at least one")
-    return table([_row(v) for v in verdicts], caption=caption)
+    rows = {v.method: _row(v) for v in verdicts}
+    for v in also:
+        rows[v.method][f"on {v.task}"] = (
+            "–" if v.difference is None else f"{_signed(v.difference)} {v.verdict}"
+        )
+    return table(list(rows.values()), caption=caption)
 
 
 def _row(v: Verdict) -> dict[str, str | int]:
