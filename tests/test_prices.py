@@ -154,6 +154,13 @@ def test_a_finding_shows_another_task_beside():
         gl.finding(both, "LoRA", also="dances")
 
 
+def test_a_caption_speaks_of_the_edge_only_where_a_rate_is_at_it():
+    inside, edged = result({"up": (3, 3.1, 3)}), result({"up": (3, 3.1, 3)})
+    edged["runs"] = [run for run in edged["runs"] if (run["method"], run["lr"]) != ("up", 3)]
+    captions = [gl.finding(each, "LoRA").bundle["text/html"] for each in (inside, edged)]
+    assert ["at the edge" in caption for caption in captions] == [False, True]
+
+
 def test_a_recording_looks_after_each_step():
     weight = torch.nn.Parameter(torch.zeros(()))
     optimizer = torch.optim.SGD([weight], lr=1.0)

@@ -24,7 +24,7 @@ class Finding(Output):
         reference: str,
         margin: float,
         caption: str,
-        also: Sequence[Verdict] = (),
+        also: Sequence[Verdict],
     ):
         self.verdicts = list(verdicts)
         self.also = {verdict.method: verdict for verdict in also}
@@ -59,11 +59,11 @@ def finding(
     there = [] if also is None else compare(result, reference, task=also, methods=methods, margin=margin)
     texts = any("chrf" in run.get("test", {}) for run in result["runs"])
     what = "Probability of the right token (geometric mean over the test split)" if texts else "Test score"
+    beside = f", and on {also}" if there else ""
+    edge = " * at the edge of the rates tried." if any(v.edge for v in verdicts) else ""
     caption = caption or (
         f"{what} in per cent, mean ± standard deviation over the seeds. Difference from {reference} within "
-        f"pairs of equal seeds, with its 95 % interval{f', and on {also}' * bool(there)}."
-        + " * at the edge of the rates tried."
-        * any(v.edge for v in verdicts)
+        f"pairs of equal seeds, with its 95 % interval{beside}.{edge}"
     )
     return Finding(verdicts, reference, margin, caption, there)
 
